@@ -1,0 +1,78 @@
+"""The Typer application: its commands, and what a fault becomes for a person and for a script.
+
+Commands import torch and ray inside, so that help answers at once.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+import epic_ray
+from epic_ray.errors import INTERRUPTED_EXIT_CODE, EpicError
+
+app = typer.Typer(
+    name="epic-ray",
+    help="Explain any pretrained image classifier by prototypes, at ImageNet scale.",
+    epilog="epic-ray demo  ·  epic-ray train run.yaml && epic-ray explain --split val",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+submit = typer.Typer(
+    help="Submit a job; without a cluster it runs here.",
+    epilog="epic-ray submit train run.yaml  ·  epic-ray submit train --set fit.seed=1",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(submit, name="submit")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Ends a command with the exit code of its fault and one clear message on stderr."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except EpicError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+
+    return run
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"epic-ray {epic_ray.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script."""
+    from epic_ray.cli import demo, explain, train
+
+    del demo, explain, train  # imported for the commands they add
+    app()

@@ -1,0 +1,1 @@
+"""The mathematics: torch, numpy, scipy and scikit-learn; no Ray, no settings, no files but weights."""

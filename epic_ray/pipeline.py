@@ -1,0 +1,473 @@
+"""A run, top to bottom: the stages in order, each reused where it was made from the same things.
+
+    images -> features -> fit -> prototypes -> run.json            (train)
+    run -> explanations of a split -> pictures                     (explain)
+
+A stage that finds its own mark with the same fingerprint does nothing; a stage whose fingerprint differs runs anew and
+with it all that depends on it. Nothing here computes: it says what is made from what.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+import epic_ray
+from epic_ray.config import FITTING_SPLIT, RunConfig, build_config, differences, dump_config, fingerprint
+from epic_ray.errors import ConfigError, InputError, ResultError
+from epic_ray.logs import Reporter
+from epic_ray.method.basis import orthogonality_error
+from epic_ray.method.classifier import SplitClassifier
+from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, table_file
+from epic_ray.stages import exactness, explanations, features, fit, images, prototypes
+from epic_ray.stages.image_pass import PassTotals, committed_units, cut_units, run_pass
+from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
+from epic_ray.stages.maps import keep_all_maps, map_bytes
+from epic_ray.stages.resources import Resources, peak_memory_bytes, resolve_resources, start_ray
+from epic_ray.tables import build_table, write_table
+
+# Settings that decide where and how fast, but not what: a run may be continued with others.
+_FREE_SETTINGS = ("resources.feature_actors", "resources.gpus_per_actor", "fit.workers", "explain.", "output.")
+
+
+@dataclass
+class Run:
+    """A run in progress: its settings, the classifier, the images, and the fingerprints of its stages."""
+
+    config: RunConfig
+    run_dir: RunDir
+    reporter: Reporter
+    classifier: SplitClassifier
+    classes: ClassNames
+    manifests: dict[str, pa.Table]
+    counts: dict[str, int] = field(default_factory=lambda: {"decoded": 0, "forwarded": 0})
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def maps_kept(self) -> bool:
+        counts = [table.num_rows for table in self.manifests.values()]
+        return keep_all_maps(counts, self.classifier, self.config.features.map_budget_bytes)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What each stage is made from; a stage's own contains those it builds on."""
+        config, resources = self.config, self.config.resources
+        listed = images.images_fingerprint(config.data, self.manifests)
+        arithmetic = resources.model_dump(include={"batch_size", "precision", "device", "threads_per_actor"})
+        passed = fingerprint(
+            listed,
+            model_facts(config.model, self.classifier),
+            config.features.model_dump(include={"dtype", "unit_size"}),
+            self.maps_kept,
+            arithmetic,
+        )
+        fitted = fingerprint(passed, config.fit.model_dump(exclude={"workers"}))
+        final = fingerprint(fitted, config.prototypes.model_dump(), config.held_out_split)
+        return {"images": listed, "features": passed, "fit": fitted, "prototypes": final}
+
+    def stage(self, name: str, made_from: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The mark of a stage: its own of old where nothing changed, else that of the work done now."""
+        mark = self.run_dir.read_mark(name)
+        if mark and mark["fingerprint"] == made_from:
+            self.reporter.say(f"{name}: reused")
+            return mark
+        self.run_dir.drop_mark(name)
+        start = time.monotonic()
+        facts = work()
+        return self.run_dir.write_mark(name, made_from, time.monotonic() - start, **facts)
+
+    def count(self, decoded: int, forwarded: int) -> None:
+        self.counts["decoded"] += decoded
+        self.counts["forwarded"] += forwarded
+
+
+# --- train
+
+
+def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
+    """Loads the classifier and lists the images; nothing is written but the settings. Raises what stands against it."""
+    config = resolve_paths(config)
+    run_dir = RunDir(f"{config.output.root}/{config.name}")
+    _demand_same_settings(config, run_dir, force)
+    return prepare(config, run_dir, reporter)
+
+
+def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
+    """The run's classifier, proved, and its images, listed."""
+    listings = [images.list_split(config.data, split) for split in config.data.splits]
+    classifier = load(config.model)
+    classes = ClassNames.of(classifier, images.class_folders(config.data, listings))
+    manifests = {}
+    for listing in listings:
+        images.report_listing(reporter, listing)
+        manifests[listing.split] = images.build_manifest(config.data, listing, classes, config.data.root)
+    return Run(config, run_dir, reporter, classifier, classes, manifests)
+
+
+def _demand_same_settings(config: RunConfig, run_dir: RunDir, force: bool) -> None:
+    if force or not run_dir.exists(CONFIG):
+        return
+    changed = [line for line in differences(read_config(run_dir), config) if not line.startswith(_FREE_SETTINGS)]
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise ConfigError(
+            f"{run_dir}: holds a run with other settings\n{listed}\n"
+            "choose another name (--set name=...), or pass --force to redo here what depends on them"
+        )
+
+
+def read_config(run_dir: RunDir) -> RunConfig:
+    """The settings that a run was made with."""
+    import yaml
+
+    return build_config(yaml.safe_load(run_dir.read_bytes(CONFIG)), run_dir.show(CONFIG))
+
+
+def train(config: RunConfig, reporter: Reporter, force: bool = False, local: bool = True) -> dict[str, Any]:
+    """Fits U and writes the run folder; gives what `run.json` says. A finished stage is reused."""
+    start = time.monotonic()
+    run = open_run(config, reporter, force)
+    run.run_dir.publish_bytes(CONFIG, dump_config(run.config).encode())
+    run.reporter.say(f"{run.config.name}: {_describe(run)}")
+    start_ray(local)
+    resources = resolve_resources(run.config.resources)
+    made_from = run.fingerprints()
+    marks = {
+        "images": run.stage("images", made_from["images"], lambda: _images(run)),
+        "features": run.stage("features", made_from["features"], lambda: _features(run, resources, made_from)),
+        "fit": run.stage("fit", made_from["fit"], lambda: _fit(run, resources, made_from)),
+        "prototypes": run.stage("prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, made_from)),
+    }
+    record = _record(run, resources, marks, made_from, time.monotonic() - start)
+    run.run_dir.publish_json(RUN, record)
+    return record
+
+
+def _describe(run: Run) -> str:
+    counts = ", ".join(f"{split} {table.num_rows}" for split, table in run.manifests.items())
+    height, width = run.classifier.grid
+    maps = "all maps kept" if run.maps_kept else "maps of chosen images only"
+    return (
+        f"{run.config.model.architecture} ({run.classifier.channel_count} channels, {height}x{width} cells, "
+        f"{run.classifier.class_count} classes), images: {counts}; {maps}"
+    )
+
+
+def _images(run: Run) -> dict[str, Any]:
+    classes = {
+        "class_index": pa.array(range(len(run.classes.names)), pa.int32()),
+        "name": run.classes.names,
+        "folder": pa.array(run.classes.folders, pa.string()),
+    }
+    size_bytes = write_table(run.run_dir, table_file("classes"), build_table("classes", classes))
+    size_bytes += images.write_manifests(run.run_dir, run.manifests)
+    rows = {split: table.num_rows for split, table in run.manifests.items()}
+    return {"rows": rows, "bytes": size_bytes, "class_names_from": run.classes.origin}
+
+
+def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
+    units = []
+    for split, manifest in run.manifests.items():
+        done = committed_units(run.run_dir, "images", split, made_from["features"])
+        units += [
+            unit for number, unit in enumerate(cut_units(manifest, run.config.features.unit_size)) if number not in done
+        ]
+    arguments = {
+        "run_dir": run.run_dir,
+        "model": run.config.model,
+        "resources": resources,
+        "fingerprint": made_from["features"],
+        "keep_maps": run.maps_kept,
+    }
+    preprocessing = run.classifier.preprocessing
+    totals = run_pass("features", features.FeatureActor, arguments, units, preprocessing, resources, run.reporter)
+    run.count(totals.decoded, totals.forwarded)
+    reasons = features.check_failures(run.run_dir, list(run.manifests), run.config.data.max_failed_fraction)
+    rows = sum(table.num_rows for table in run.manifests.values())
+    return {
+        "rows": rows,
+        "bytes": totals.bytes_written,
+        "failed": sum(reasons.values()),
+        "failures": reasons,
+        "images_done_here": totals.decoded + totals.failed,
+        "split_max_abs_difference": totals.max_abs_difference,
+        "peak_memory_bytes": totals.peak_memory_bytes,
+    }
+
+
+def _fit(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
+    job = fit.FitJob(run.run_dir, run.config, resources, made_from["features"], made_from["fit"], run.maps_kept)
+    before = fit.counts_so_far(job)
+    result = fit.fit_basis(job, run.reporter)
+    run.count(result.decoded - before["decoded"], result.forwarded - before["forwarded"])
+    error = orthogonality_error(result.basis)
+    history = {name: [row[name] for row in result.history] for name in result.history[0]}
+    write_table(run.run_dir, table_file("history"), build_table("history", history))
+    size_bytes = run.run_dir.publish_bytes(BASIS, save_tensors({"U": result.basis.contiguous()}, _basis_notes(run)))
+    run.run_dir.publish_bytes(BASIS_CARD, _basis_card(run, error).encode())
+    return {
+        "rows": len(result.history),
+        "bytes": size_bytes,
+        "orthogonality_error": error,
+        "decoded": result.decoded,
+        "forwarded": result.forwarded,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
+def _basis_notes(run: Run) -> dict[str, str]:
+    return {
+        "epic_ray": epic_ray.__version__,
+        "architecture": run.config.model.architecture,
+        "weights": run.config.model.weights.rsplit("/", 1)[-1],
+        "rows": "channels",
+        "columns": "features of the classifier's last map",
+    }
+
+
+def _basis_card(run: Run, error: float) -> str:
+    channels = run.classifier.channel_count
+    return f"""# Basis U of {run.config.name}
+
+`basis.safetensors` holds `U`, float32, ({channels} channels, {channels} features): row k is channel k.
+Made by epic-ray {epic_ray.__version__} for `{run.config.model.architecture}` ({run.classifier.origin}).
+
+With z a cell of the classifier's last feature map and A, b its head: rotated channels are `U @ z`, the head that
+reads them is `A @ U.T`, and the logits stay what they were. Largest entry of |U Uᵀ - I|: {error:.2e}.
+"""
+
+
+def _prototypes(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
+    job = prototypes.PrototypesJob(
+        run.run_dir,
+        run.config,
+        resources,
+        run.classifier.preprocessing,
+        run.classifier.grid,
+        made_from["features"],
+    )
+    rows = prototypes.make_prototypes(job, read_basis(run.run_dir), run.reporter)
+    run.count(job.forwarded, job.forwarded)
+    return {"rows": rows, "forwarded": job.forwarded}
+
+
+def read_basis(run_dir: RunDir) -> torch.Tensor:
+    """U of a finished fit, (channel, feature)."""
+    tensors = load_tensors(run_dir.read_bytes(BASIS))
+    if "U" not in tensors:
+        raise ResultError(f"{run_dir.show(BASIS)}: holds no `U`; run the fit again")
+    return tensors["U"]
+
+
+def _record(
+    run: Run, resources: Resources, marks: dict[str, Any], made_from: dict[str, str], seconds: float
+) -> dict[str, Any]:
+    """What `run.json` says of a finished run."""
+    basis = read_basis(run.run_dir)
+    proofs = {
+        split: exactness.prove_exactness(run.run_dir, split, made_from["features"], run.classifier, basis)
+        for split in run.manifests
+    }
+    held_out = run.config.held_out_split
+    splits = [FITTING_SPLIT, *([held_out] if held_out else [])]
+    proof = proofs[held_out] if held_out else None
+    total_images = sum(table.num_rows for table in run.manifests.values())
+    failed = marks["features"]["failed"]
+    gathered = marks["fit"]["forwarded"] + marks["prototypes"]["forwarded"]
+    return {
+        "name": run.config.name,
+        "method": run.config.method,
+        "epic_ray": epic_ray.__version__,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": {
+            "architecture": run.config.model.architecture,
+            "origin": run.classifier.origin,
+            "channels": run.classifier.channel_count,
+            "classes": run.classifier.class_count,
+            "grid": list(run.classifier.grid),
+            "preprocessing": run.classifier.preprocessing.to_dict(),
+            "split": vars(run.classifier.split)
+            | {"checked_on_all_images": marks["features"]["split_max_abs_difference"]},
+        },
+        "class_names_from": run.classes.origin,
+        "backbone_top1": {split: proofs[split].backbone_top1 for split in splits},
+        "top1": {split: proofs[split].top1 for split in splits},
+        "logits": {
+            "max_abs_difference": proof.max_abs_difference if proof else None,
+            "top1_agreement": proof.top1_agreement if proof else None,
+            "split": held_out,
+            "images": proof.images if proof else 0,
+        },
+        "basis": {"orthogonality_error": orthogonality_error(basis)},
+        "purity": {
+            name: {
+                split: {
+                    f"at_{n}": prototypes.mean_purity(run.run_dir, name, split, n) for n in prototypes.PURITY_COUNTS
+                }
+                for split in splits
+            }
+            for name in ("before", "after")
+        },
+        "counts": {
+            "images": total_images,
+            "decoded": run.counts["decoded"],
+            "forwarded": run.counts["forwarded"],
+            "failed": failed,
+            "total": {
+                "images": total_images,
+                "decoded": total_images - failed + gathered,
+                "forwarded": total_images - failed + gathered,
+                "failed": failed,
+            },
+        },
+        "failures": marks["features"]["failures"],
+        "maps_kept": run.maps_kept,
+        "seconds": {name: mark["seconds"] for name, mark in marks.items()} | {"this_start": round(seconds, 3)},
+        "images_per_second": _rate(marks["features"]),
+        "peak_memory_bytes": {
+            "driver": peak_memory_bytes(),
+            "feature_actor": marks["features"]["peak_memory_bytes"],
+            "fit_worker": marks["fit"]["peak_memory_bytes"],
+        },
+        "resources": vars(resources),
+        "versions": {name: version(name) for name in ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow")},
+        "fingerprints": made_from | {"model": fingerprint(model_facts(run.config.model, run.classifier))},
+    }
+
+
+def _rate(mark: dict[str, Any]) -> float:
+    return round(mark["images_done_here"] / max(mark["seconds"], 1e-9), 2)
+
+
+# --- plan
+
+
+def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str, Any]:
+    """What `train` would do: stages, what is reused, rows, rough bytes. Reads no image and writes nothing."""
+    run = open_run(config, reporter, force)
+    rows = sum(table.num_rows for table in run.manifests.values())
+    channels, classes = run.classifier.channel_count, run.classifier.class_count
+    held_out_rows = rows - run.manifests[FITTING_SPLIT].num_rows
+    size = {
+        "images": 200 * rows,
+        "features": 4 * (channels * rows + classes * held_out_rows) + map_bytes(run.classifier) * rows * run.maps_kept,
+        "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds,
+        "prototypes": 100 * channels * 4 * run.config.prototypes.per_channel,
+    }
+    stages = []
+    for name, made_from in run.fingerprints().items():
+        mark = run.run_dir.read_mark(name)
+        reused = bool(mark and mark["fingerprint"] == made_from)
+        stages.append({"stage": name, "reused": reused, "rough_bytes": size[name]})
+    return {
+        "run": str(run.run_dir),
+        "model": _describe(run),
+        "images": {split: table.num_rows for split, table in run.manifests.items()},
+        "maps_kept": run.maps_kept,
+        "stages": stages,
+    }
+
+
+# --- explain
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """What an explanation pass left: where, how many, and how exactly the shares rebuilt the logits."""
+
+    split: str
+    images: int
+    failed: int
+    forwarded: int
+    max_abs_difference: float
+    top1_agreement: float
+    seconds: float
+
+
+def open_finished(run_dir: RunDir, reporter: Reporter) -> tuple[Run, dict[str, Any]]:
+    """A finished run, its classifier loaded and found unchanged. Raises ResultError or InputError."""
+    if not run_dir.exists(RUN):
+        raise ResultError(f"{run_dir}: the run is not finished (no {RUN}); `epic-ray train` finishes it")
+    record = run_dir.read_json(RUN)
+    config = read_config(run_dir)
+    classifier = load(config.model)
+    if fingerprint(model_facts(config.model, classifier)) != record["fingerprints"]["model"]:
+        raise InputError(
+            f"{run_dir}: the classifier is not the one that was fitted (weights, preprocessing or library versions "
+            "changed); bring it back, or train a new run"
+        )
+    table = _read_classes(run_dir)
+    names = ClassNames(table["name"].to_pylist(), table["folder"].to_pylist(), record["class_names_from"])
+    return Run(config, run_dir, reporter, classifier, names, {}), record
+
+
+def _read_classes(run_dir: RunDir) -> pa.Table:
+    from epic_ray.tables import read_table
+
+    return read_table(run_dir, table_file("classes"))
+
+
+def explain(
+    run: Run, record: dict[str, Any], split: str, limit: int | None = None, local: bool = True
+) -> ExplainResult:
+    """Explains every image of a split (or `limit` of them, spread evenly) into the table `explanations`."""
+    config = run.config
+    if split not in config.data.splits:
+        raise ConfigError(f"split `{split}`: the run has {', '.join(config.data.splits)}; add it to data.splits")
+    listing = images.list_split(config.data, split)
+    manifest = _spread(images.build_manifest(config.data, listing, run.classes, config.data.root), limit)
+    settings = (config.explain.channels_per_image, config.explain.rank_by)
+    made_from = fingerprint(record["fingerprints"]["fit"], manifest["image_id"].to_pylist(), settings)
+    start_ray(local)
+    resources = resolve_resources(config.resources)
+
+    def work() -> dict[str, Any]:
+        done = committed_units(run.run_dir, "explanations", split, made_from)
+        units = cut_units(manifest, config.features.unit_size)
+        todo = [unit for number, unit in enumerate(units) if number not in done]
+        arguments = {
+            "run_dir": run.run_dir,
+            "model": config.model,
+            "resources": resources,
+            "fingerprint": made_from,
+            "basis": read_basis(run.run_dir),
+            "channels_per_image": settings[0],
+            "rank_by": settings[1],
+        }
+        preprocessing = run.classifier.preprocessing
+        totals = run_pass(
+            f"explain {split}", explanations.ExplainActor, arguments, todo, preprocessing, resources, run.reporter
+        )
+        _demand_few_failures(totals, split, config.data.max_failed_fraction)
+        return {
+            "rows": manifest.num_rows,
+            "failed": totals.failed,
+            "forwarded": totals.forwarded,
+            "max_abs_difference": totals.max_abs_difference,
+            "top1_agreement": totals.agreeing / max(totals.forwarded, 1),
+        }
+
+    mark = run.stage(f"explanations-{split}", made_from, work)
+    names = ("rows", "failed", "forwarded", "max_abs_difference", "top1_agreement", "seconds")
+    return ExplainResult(split, *(mark[name] for name in names))
+
+
+def _spread(manifest: pa.Table, limit: int | None) -> pa.Table:
+    """All rows, or `limit` of them at even steps, so that every class folder has its part."""
+    if limit is None or limit >= manifest.num_rows:
+        return manifest
+    return manifest.take(pa.array([row * manifest.num_rows // limit for row in range(limit)]))
+
+
+def _demand_few_failures(totals: PassTotals, split: str, max_failed_fraction: float) -> None:
+    count = totals.decoded + totals.failed
+    if count and totals.failed / count > max_failed_fraction:
+        raise InputError(
+            f"{split}: {totals.failed} of {count} images failed, above data.max_failed_fraction "
+            f"({max_failed_fraction:.1%}); mend them or raise the limit"
+        )

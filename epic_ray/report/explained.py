@@ -1,0 +1,193 @@
+"""From the tables of a run to pictures of explanations: every prototype is drawn from the image its row names.
+
+The only images read are those shown: the explained ones and their channels' prototypes, whose maps are computed
+anew for the overlays.
+"""
+
+import io
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+
+from epic_ray.config import FITTING_SPLIT
+from epic_ray.errors import InputError
+from epic_ray.logs import Reporter
+from epic_ray.method.basis import absorb
+from epic_ray.method.explanation import Explained, explain_maps
+from epic_ray.method.preprocessing import ImageError, decode_image
+from epic_ray.pipeline import Run, read_basis
+from epic_ray.report.pictures import ChannelRow, ExplanationPicture, Tile, draw_explanation
+from epic_ray.run_dir import PICTURES, table_file, table_folder
+from epic_ray.stages.images import read_image_bytes, read_manifest
+from epic_ray.stages.prototypes import SIGN_NAMES
+from epic_ray.stages.resources import take_device
+from epic_ray.tables import read_table, read_tables, to_numpy
+
+_CACHED_IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as it was drawn and as the classifier saw it: the upright original and its maps (1, D, H, W)."""
+
+    image: Image.Image
+    maps: torch.Tensor
+    logits: torch.Tensor
+
+
+class Illustrator:
+    """Draws explanations of a finished run."""
+
+    def __init__(self, run: Run, prototypes_per_channel: int) -> None:
+        config = run.config
+        device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
+        self._device = take_device(device, torch.get_num_threads())
+        self._run, self._classifier = run, run.classifier.to(self._device)
+        self._basis = read_basis(run.run_dir).to(self._device)
+        self._weight = absorb(self._classifier.weight, self._basis)
+        self._count = prototypes_per_channel
+        manifest = read_manifest(run.run_dir, FITTING_SPLIT)
+        self._uris = dict(zip(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist(), strict=True))
+        table = read_table(run.run_dir, table_file("prototypes"))
+        kept = table.filter((pc.field("basis") == "after") & (pc.field("rank") <= prototypes_per_channel))
+        self._prototypes: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for row in kept.to_pylist():
+            self._prototypes.setdefault((row["sign"], row["channel"]), []).append(row)
+        self._see = lru_cache(maxsize=_CACHED_IMAGES)(self._look)
+
+    def explain(self, uri: str, k: int, rank_by: Any) -> tuple[Seen, Explained]:
+        """One image, explained here and now. Raises InputError for an image that cannot be read."""
+        try:
+            seen = self._see(uri)
+        except (ImageError, OSError) as error:
+            raise InputError(f"{uri}: {error}; give a whole image file") from None
+        with torch.inference_mode():
+            bias = self._classifier.bias
+            return seen, explain_maps(seen.maps, seen.logits, self._weight, bias, self._basis, k, rank_by)
+
+    def draw(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> Image.Image:
+        """The picture of one image from its rows of the table `explanations`, strongest channel first."""
+        first, seen = rows[0], self._see(uri)
+        names = self._run.classes.names
+        bias = float(self._classifier.bias[first["predicted"]])
+        picture = ExplanationPicture(
+            image_id=image_id,
+            image=seen.image,
+            predicted=names[first["predicted"]],
+            label=None if first["label"] is None else names[first["label"]],
+            logit=first["logit"],
+            probability=first["probability"],
+            bias=bias,
+            rest=first["logit"] - bias - sum(row["share"] for row in rows),
+            rows=tuple(self._channel(seen, row) for row in rows),
+            footer=f"{self._run.config.name} · {self._run.config.model.architecture} · EPIC basis",
+        )
+        return draw_explanation(picture)
+
+    def _channel(self, seen: Seen, row: dict[str, Any]) -> ChannelRow:
+        prototypes = self._prototypes.get((row["sign"], row["channel"]), [])
+        return ChannelRow(
+            channel=row["channel"],
+            sign=row["sign"],
+            share=row["share"],
+            score=row["score"],
+            purity=row["purity"],
+            explained=self._tile(seen, row, f"peak · purity {row['purity']:.2f} · this image"),
+            prototypes=tuple(self._prototype(prototype) for prototype in prototypes),
+        )
+
+    def _prototype(self, row: dict[str, Any]) -> Tile:
+        name = "no label" if row["label"] is None else self._run.classes.names[row["label"]]
+        caption = f"{name} · purity {row['purity']:.2f} · {row['image_id'].rsplit('/', 1)[-1]}"
+        try:
+            return self._tile(self._see(self._uris[row["image_id"]]), row, caption)
+        except (ImageError, OSError):
+            return Tile(None, None, _box(row), _box(row), caption)
+
+    def _tile(self, seen: Seen, row: dict[str, Any], caption: str) -> Tile:
+        sign = 1.0 if row["sign"] == "positive" else -1.0
+        heat = sign * torch.einsum("d,dhw->hw", self._basis[row["channel"]], seen.maps[0])
+        return Tile(seen.image, heat.cpu().numpy(), self._grid_box(seen.image), _box(row), caption)
+
+    def _grid_box(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """The region of the original that all cells together cover."""
+        grid = self._classifier.grid
+        corners = np.array([[0, 0], [grid[0] - 1, grid[1] - 1]])
+        boxes = self._classifier.preprocessing.cell_boxes(corners, grid, np.array([image.size, image.size]))
+        return (float(boxes[0, 0]), float(boxes[0, 1]), float(boxes[1, 2]), float(boxes[1, 3]))
+
+    def _look(self, uri: str) -> Seen:
+        image = decode_image(read_image_bytes(uri))
+        pixels = torch.from_numpy(self._classifier.preprocessing.apply(image)[None])
+        with torch.inference_mode():
+            maps, logits = self._classifier(self._classifier.normalise(pixels.to(self._device)))
+        return Seen(image, maps, logits)
+
+
+def _box(row: dict[str, Any]) -> tuple[float, float, float, float]:
+    left, top, right, bottom = map(float, row["box_xyxy_px"])
+    return left, top, right, bottom
+
+
+def rows_of(explained: Explained, run: Run, image_size: tuple[int, int], label: int | None = None) -> list[dict]:
+    """The rows of the table `explanations` for one image explained by `Illustrator.explain`."""
+    grid = run.classifier.grid
+    cells = np.stack(np.divmod(explained.cells[0].cpu().numpy(), grid[1]), axis=1)
+    boxes = run.classifier.preprocessing.cell_boxes(cells, grid, np.array([image_size] * len(cells)))
+    return [
+        {
+            "label": label,
+            "predicted": int(explained.predicted[0]),
+            "logit": float(explained.logit[0]),
+            "probability": float(explained.probability[0]),
+            "rank": rank + 1,
+            "channel": int(explained.channels[0, rank]),
+            "sign": SIGN_NAMES[int(explained.signs[0, rank])],
+            "share": float(explained.shares[0, rank]),
+            "score": float(explained.scores[0, rank]),
+            "value": float(explained.values[0, rank]),
+            "purity": float(explained.purity[0, rank]),
+            "cell_row": int(cells[rank, 0]),
+            "cell_col": int(cells[rank, 1]),
+            "box_xyxy_px": boxes[rank].tolist(),
+        }
+        for rank in range(explained.channels.shape[1])
+    ]
+
+
+def draw_split(run: Run, split: str, count: int, prototypes_per_channel: int, reporter: Reporter) -> list[str]:
+    """Draws `count` of a split's explained images, spread evenly; gives the files, relative to the run."""
+    table = read_tables(run.run_dir, run.run_dir.list(table_folder("explanations", split)))
+    positions = np.unique(to_numpy(table["position"]))
+    chosen = positions[np.arange(min(count, len(positions))) * len(positions) // max(min(count, len(positions)), 1)]
+    folder = f"{PICTURES}/{split}"
+    run.run_dir.delete_folder(folder)
+    illustrator, files = Illustrator(run, prototypes_per_channel), []
+    root = run.config.data.root.rstrip("/")
+    with reporter.stage("pictures", len(chosen), "pictures") as meter:
+        for position in chosen:
+            rows = table.filter(pc.equal(table["position"], int(position))).sort_by("rank").to_pylist()
+            image_id = rows[0]["image_id"]
+            picture = illustrator.draw(image_id, f"{root}/{image_id}", rows)
+            files.append(f"{folder}/{position:06d}-{safe_name(image_id)}.png")
+            publish_picture(run, files[-1], picture)
+            meter.advance()
+    return files
+
+
+def publish_picture(run: Run, relative: str, picture: Image.Image) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    run.run_dir.publish_bytes(relative, buffer.getvalue())
+
+
+def safe_name(image_id: str) -> str:
+    """A file name for an image id that cannot leave its folder."""
+    stem = image_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    return re.sub(r"[^\w-]+", "_", stem).strip("_")[:80] or "image"

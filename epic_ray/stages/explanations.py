@@ -1,0 +1,74 @@
+"""Explanations of a split: one pass, the strongest channels of every image's prediction."""
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from epic_ray.config import ModelConfig
+from epic_ray.method.basis import absorb
+from epic_ray.method.explanation import Explained, explain_maps
+from epic_ray.method.preprocessing import Preprocessing
+from epic_ray.run_dir import RunDir, unit_file
+from epic_ray.stages.image_pass import Committed, Unit, UnitActor
+from epic_ray.stages.prototypes import SIGN_NAMES
+from epic_ray.stages.resources import Resources
+from epic_ray.tables import TABLES, build_table, write_table
+
+
+class ExplainActor(UnitActor):
+    """Turns a unit of images into a file of explanations."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        model: ModelConfig,
+        resources: Resources,
+        fingerprint: str,
+        basis: torch.Tensor,
+        channels_per_image: int,
+        rank_by: Literal["share", "score"],
+    ) -> None:
+        super().__init__(run_dir, model, resources, fingerprint)
+        self._basis = basis.to(self.device)
+        self._weight = absorb(self.classifier.weight, self._basis)
+        self._count, self._rank_by = channels_per_image, rank_by
+
+    def commit(self, unit: Unit, readable: np.ndarray) -> Committed:
+        parts = [
+            explain_maps(maps, logits, self._weight, self.classifier.bias, self._basis, self._count, self._rank_by)
+            for _, maps, logits in self.forward(unit.pixels, readable)
+        ]
+        table = explanation_table(unit, readable, parts, self.classifier.grid, self.classifier.preprocessing)
+        table = table.replace_schema_metadata((table.schema.metadata or {}) | self.metadata)
+        written = write_table(self.run_dir, unit_file("explanations", unit.split, unit.number), table)
+        differences = [float(part.difference.nan_to_num(0.0).max()) for part in parts]
+        return Committed(written, max(differences, default=0.0), sum(int(part.agrees.sum()) for part in parts))
+
+
+def explanation_table(
+    unit: Unit, rows: np.ndarray, parts: list[Explained], grid: tuple[int, int], preprocessing: Preprocessing
+) -> pa.Table:
+    """The rows of table `explanations` for these images of a unit, one a channel; non-finite images have none."""
+
+    def joined(name: str) -> np.ndarray:
+        return torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
+
+    if not parts:
+        return TABLES["explanations"].schema().empty_table()
+    finite = np.isfinite(joined("logit")) & np.isfinite(joined("difference"))
+    rows, k = rows[finite], parts[0].channels.shape[1]
+    each = np.repeat(rows, k)
+    cells = np.stack(np.divmod(joined("cells")[finite].reshape(-1), grid[1]), axis=1)
+    columns: dict[str, Any] = {name: unit.column(name, each) for name in ("split", "position", "image_id", "label")}
+    for name, dtype in (("predicted", np.int32), ("logit", np.float32), ("probability", np.float32)):
+        columns[name] = np.repeat(joined(name)[finite].astype(dtype), k)
+    columns["rank"] = np.tile(np.arange(1, k + 1, dtype=np.int32), len(rows))
+    columns["channel"] = joined("channels")[finite].reshape(-1).astype(np.int32)
+    columns["sign"] = [SIGN_NAMES[sign] for sign in joined("signs")[finite].reshape(-1).tolist()]
+    for column, name in (("share", "shares"), ("score", "scores"), ("value", "values"), ("purity", "purity")):
+        columns[column] = joined(name)[finite].reshape(-1).astype(np.float32)
+    columns["cell_row"], columns["cell_col"] = cells[:, 0].astype(np.int32), cells[:, 1].astype(np.int32)
+    columns["box_xyxy_px"] = preprocessing.cell_boxes(cells, grid, unit.sizes_px[each])
+    return build_table("explanations", columns)

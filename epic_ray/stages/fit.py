@@ -1,0 +1,342 @@
+"""Fitting U under Ray Train: rounds of search, maps of the chosen images, update; a checkpoint of our own each round.
+
+Every worker searches its share of the feature files and holds the maps of its share of the chosen images; only top-n
+lists and one (D, D) matrix travel. Rank 0 publishes `fit/round-NNN.pt`; whoever starts again goes on from the newest.
+"""
+
+import io
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from epic_ray.config import FITTING_SPLIT, RunConfig
+from epic_ray.errors import EpicError, RunFailed
+from epic_ray.logs import Reporter
+from epic_ray.method.basis import orthogonality_error
+from epic_ray.method.schedule import prototypes_per_round
+from epic_ray.method.solvers import (
+    DistributedReducer,
+    FitState,
+    MapBlock,
+    NonFiniteError,
+    Reducer,
+    RoundRecord,
+    SingleProcess,
+    fit_adam,
+    fit_procrustes,
+    quartimax_start,
+)
+from epic_ray.method.topk import TopN
+from epic_ray.run_dir import RunDir, round_file
+from epic_ray.stages.features import feature_files
+from epic_ray.stages.images import read_manifest
+from epic_ray.stages.loading import load
+from epic_ray.stages.maps import MapGatherer, MapStore
+from epic_ray.stages.resources import Resources, first_cause, peak_memory_bytes, take_device
+from epic_ray.stages.search import pooled_blocks, search_files
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """What a worker of the fit is told."""
+
+    run_dir: RunDir
+    config: RunConfig
+    resources: Resources
+    features_fingerprint: str
+    fingerprint: str
+    maps_kept: bool
+
+
+@dataclass(frozen=True)
+class FitResult:
+    basis: torch.Tensor
+    history: list[dict[str, Any]]
+    decoded: int
+    forwarded: int
+    peak_memory_bytes: int
+
+
+def fit_basis(job: FitJob, reporter: Reporter) -> FitResult:
+    """Runs the fit under Ray Train to its end, from its newest round. Raises the first cause of a failure."""
+    workers = _worker_count(job)
+    rounds = job.config.fit.prototypes_per_channel.rounds
+    on_gpu = job.resources.device == "cuda"
+    scaling = ray.train.ScalingConfig(
+        num_workers=workers, use_gpu=on_gpu and workers > 0, resources_per_worker=None if on_gpu else {"CPU": 1}
+    )
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job},
+        scaling_config=scaling,
+        torch_config=None if on_gpu else TorchConfig(backend="gloo"),
+    )
+    try:
+        with _progress(job, rounds, reporter):
+            trainer.fit()
+    except EpicError:
+        raise
+    except Exception as error:
+        raise first_cause(error, "fit") from error
+    last = read_round(job.run_dir, rounds)
+    return FitResult(last["basis"], last["history"], last["decoded"], last["forwarded"], last["peak_memory_bytes"])
+
+
+def _worker_count(job: FitJob) -> int:
+    workers = job.config.fit.workers
+    if workers != "auto":
+        return workers
+    return job.resources.cluster_gpus if job.resources.device == "cuda" and job.resources.cluster_gpus > 1 else 0
+
+
+@contextmanager
+def _progress(job: FitJob, rounds: int, reporter: Reporter) -> Iterator[None]:
+    """Shows finished rounds, wherever they are computed: their files tell."""
+    ended = threading.Event()
+    with reporter.stage("fit", rounds, "rounds") as meter:
+
+        def look() -> None:
+            done = finished_rounds(job.run_dir)
+            if done > meter.done:
+                record = read_round(job.run_dir, done)["history"][-1]
+                meter.advance(done - meter.done, f"purity {record['purity_start']:.3f} -> {record['purity_end']:.3f}")
+
+        def watch() -> None:
+            while not ended.wait(_POLL_SECONDS):
+                look()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            look()
+
+
+# --- rounds on disk
+
+
+def finished_rounds(run_dir: RunDir) -> int:
+    names = [file.rsplit("-", 1)[1].removesuffix(".pt") for file in run_dir.list("fit")]
+    return max(map(int, names), default=0)
+
+
+def read_round(run_dir: RunDir, number: int) -> dict[str, Any]:
+    return torch.load(io.BytesIO(run_dir.read_bytes(round_file(number))), weights_only=True)
+
+
+def drop_foreign_rounds(run_dir: RunDir, fingerprint: str) -> None:
+    """Removes the rounds of another fit (other features or settings)."""
+    number = finished_rounds(run_dir)
+    if number and read_round(run_dir, number)["fingerprint"] != fingerprint:
+        run_dir.delete(run_dir.list("fit"))
+
+
+def _write_round(job: FitJob, state: FitState, history: list[dict[str, Any]], counts: dict[str, int]) -> None:
+    content = {
+        "fingerprint": job.fingerprint,
+        "round": state.round,
+        "basis": state.basis.cpu(),
+        "start": state.start.cpu(),
+        "parameter": None if state.parameter is None else state.parameter.cpu(),
+        "optimizer": state.optimizer,
+        "history": history,
+        **counts,
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    job.run_dir.publish_bytes(round_file(state.round), buffer.getvalue())
+
+
+def counts_so_far(job: FitJob) -> dict[str, int]:
+    """Images decoded and forwarded by the rounds that earlier starts of this same fit have finished."""
+    drop_foreign_rounds(job.run_dir, job.fingerprint)
+    number = finished_rounds(job.run_dir)
+    content = read_round(job.run_dir, number) if number else {"decoded": 0, "forwarded": 0}
+    return {key: content[key] for key in ("decoded", "forwarded")}
+
+
+# --- what each worker does
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """The train loop of Ray Train: the same in the driver's process and in each of several workers."""
+    _Worker(settings["job"]).run()
+
+
+class _Worker:
+    def __init__(self, job: FitJob) -> None:
+        self.job, self.config = job, job.config.fit
+        self.reducer: Reducer = DistributedReducer() if dist.is_initialized() else SingleProcess()
+        self.device = take_device(job.resources.device, max(1, job.resources.threads // self.reducer.world))
+        self.source = StoredMaps(job, self.reducer, self.device)
+        self.history: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        state = self._resume() or FitState.begin(self._start())
+        settings = self.config.prototypes_per_channel
+        schedule = prototypes_per_round(
+            settings.start, settings.end, settings.rounds, settings.decay, settings.exact_end
+        )
+        try:
+            if self.config.solver == "procrustes":
+                fit_procrustes(self.source, state, schedule, self.reducer, self._on_round)
+            else:
+                self._adam(state, schedule)
+        except NonFiniteError as error:
+            raise RunFailed(f"fit: {error}; the features or the settings of fit.adam are at fault") from error
+
+    def _adam(self, state: FitState, schedule: Sequence[int]) -> None:
+        adam = self.config.adam
+        fit_adam(
+            self.source,
+            state,
+            schedule,
+            self.reducer,
+            self._on_round,
+            seed=self.config.seed,
+            epochs_per_round=adam.epochs_per_round,
+            batch_size=adam.batch_size,
+            learning_rate=adam.learning_rate,
+            weight_decay=adam.weight_decay,
+            wrap=torch.nn.parallel.DistributedDataParallel if self.reducer.world > 1 else None,
+        )
+
+    def _start(self) -> torch.Tensor:
+        if self.config.start == "identity":
+            return torch.eye(self.source.channel_count, device=self.device)
+        return quartimax_start(
+            self.source.own_pooled, self.source.channel_count, QUARTIMAX_ITERATIONS, self.reducer, device=self.device
+        )
+
+    def _resume(self) -> FitState | None:
+        number = finished_rounds(self.job.run_dir)
+        if not number:
+            return None
+        content = read_round(self.job.run_dir, number)
+        self.history = content["history"]
+        self.source.counts_before = {key: content[key] for key in ("decoded", "forwarded")}
+        parameter = content["parameter"]
+        return FitState(
+            content["round"],
+            content["basis"].to(self.device),
+            content["start"].to(self.device),
+            None if parameter is None else parameter.to(self.device),
+            content["optimizer"],
+        )
+
+    def _on_round(self, state: FitState, record: RoundRecord) -> None:
+        counts = self.source.counts()
+        facts = asdict(record)
+        self.history.append(
+            {
+                "round": record.round + 1,
+                "new_images": counts["forwarded"] - sum(row["new_images"] for row in self.history),
+                "orthogonality_error": orthogonality_error(state.basis),
+            }
+            | {key: value for key, value in facts.items() if key != "round"}
+        )
+        if self.reducer.rank == 0:
+            _write_round(self.job, state, self.history, counts)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+QUARTIMAX_ITERATIONS = 10
+
+
+class StoredMaps:
+    """The solvers' view of a run: features and maps in files, shared out among the workers by unit and by image."""
+
+    def __init__(self, job: FitJob, reducer: Reducer, device: torch.device) -> None:
+        self._job, self._reducer, self._device = job, reducer, device
+        files = feature_files(job.run_dir, FITTING_SPLIT, job.features_fingerprint)
+        self._files = files[reducer.rank :: reducer.world]
+        self._store = MapStore(job.run_dir, FITTING_SPLIT, job.features_fingerprint)
+        self._gatherer: MapGatherer | None = None
+        self._selections = 0
+        self.counts_before = {"decoded": 0, "forwarded": 0}
+        self.channel_count = next(pooled_blocks(job.run_dir, files[:1]))[1].shape[1]
+
+    def own_pooled(self) -> Iterable[torch.Tensor]:
+        return (pooled for _, pooled in pooled_blocks(self._job.run_dir, self._files))
+
+    def search(self, basis: torch.Tensor, n: int) -> TopN:
+        """The top-n over all images; the maps of images newly chosen are there when it returns."""
+        best = search_files(self._job.run_dir, self._files, basis, n)
+        for other in self._gather(best):
+            best = best.merge(other)
+        self._selections += 1
+        if not self._job.maps_kept:
+            self._ensure(best)
+        return best
+
+    def _gather(self, own: TopN) -> list[TopN]:
+        """The other workers' top-n, in the order of their ranks."""
+        if self._reducer.world == 1:
+            return []
+        values = [torch.empty_like(own.values) for _ in range(self._reducer.world)]
+        indices = [torch.empty_like(own.indices) for _ in range(self._reducer.world)]
+        dist.all_gather(values, own.values.contiguous())
+        dist.all_gather(indices, own.indices.contiguous())
+        others = [rank for rank in range(self._reducer.world) if rank != self._reducer.rank]
+        return [TopN(values[rank], indices[rank]) for rank in others]
+
+    def _ensure(self, top: TopN) -> None:
+        if self._gatherer is None:
+            job = self._job
+            manifest = read_manifest(job.run_dir, FITTING_SPLIT)
+            classifier = load(job.config.model)
+            self._gatherer = MapGatherer(self._store, manifest, classifier, job.resources.batch_size, self._device)
+        name = f"fit-{self._selections:03d}-{self._reducer.rank:04d}"
+        self._gatherer.ensure(self._own_images(top), name)
+        if dist.is_initialized():
+            dist.barrier()
+        self._store.refresh()
+
+    def _own_images(self, top: TopN) -> np.ndarray:
+        chosen = top.indices[top.indices >= 0].unique().cpu().numpy()
+        return chosen[chosen % self._reducer.world == self._reducer.rank]
+
+    def blocks(self, top: TopN) -> Iterator[MapBlock]:
+        """This worker's share of the pairs, image by image in blocks of bounded memory."""
+        channels, slots = (top.indices >= 0).nonzero(as_tuple=True)
+        images = top.indices[channels, slots]
+        order = images.argsort(stable=True)
+        images, channels = images[order], channels[order]
+        for positions, maps in self._store.blocks(self._own_images(top)):
+            low, high = np.searchsorted(images.cpu().numpy(), [positions[0], positions[-1] + 1])
+            mine = torch.isin(images[low:high], torch.from_numpy(positions).to(images.device))
+            chosen, pairs = images[low:high][mine], channels[low:high][mine]
+            image_slots = torch.searchsorted(torch.from_numpy(positions).to(images.device), chosen)
+            yield torch.from_numpy(maps).to(self._device), image_slots, pairs
+
+    def pair_maps(self, image_indices: torch.Tensor) -> torch.Tensor:
+        """The maps of any images, one row an entry."""
+        return torch.from_numpy(self._store.read(image_indices.cpu().numpy())).to(self._device)
+
+    def counts(self) -> dict[str, int]:
+        """Images decoded and forwarded for their maps, over all workers and starts; the largest memory of one."""
+        own = self._gatherer
+        numbers = torch.tensor([own.decoded if own else 0, own.forwarded if own else 0], device=self._device)
+        self._reducer.sum_(numbers)
+        peak = torch.tensor([peak_memory_bytes()], device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return {
+            "decoded": self.counts_before["decoded"] + int(numbers[0]),
+            "forwarded": self.counts_before["forwarded"] + int(numbers[1]),
+            "peak_memory_bytes": int(peak[0]),
+        }

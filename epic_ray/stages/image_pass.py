@@ -1,0 +1,244 @@
+"""One pass over images: decode on CPU tasks, then an actor with the classifier; a whole unit at a time.
+
+A unit is a fixed slice of a split's manifest, one block of Ray Data from end to end. Its batches are fixed, so a unit
+that is computed again is computed equal; the actor publishes a unit's files itself, the one that commits it last.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data as rd
+import torch
+
+from epic_ray.config import ModelConfig
+from epic_ray.logs import Reporter
+from epic_ray.method.classifier import SplitClassifier
+from epic_ray.method.preprocessing import ImageError, Preprocessing, decode_image
+from epic_ray.run_dir import RunDir, table_folder
+from epic_ray.stages.images import read_image_bytes
+from epic_ray.stages.loading import load
+from epic_ray.stages.resources import MIB, Resources, first_cause, peak_memory_bytes, take_device
+from epic_ray.tables import read_metadata, to_numpy
+
+FINGERPRINT_KEY = "epic_ray.fingerprint"
+_IMAGE_COLUMN = "image"
+
+
+@dataclass
+class PassTotals:
+    """What a pass really did, summed over its units: counted where it happened."""
+
+    decoded: int = 0
+    forwarded: int = 0
+    failed: int = 0
+    units: int = 0
+    bytes_written: int = 0
+    peak_memory_bytes: int = 0
+    max_abs_difference: float = 0.0
+    agreeing: int = 0
+
+    def add(self, summary: dict[str, Any]) -> None:
+        self.decoded += summary["decoded"]
+        self.forwarded += summary["forwarded"]
+        self.failed += summary["failed"]
+        self.units += 1
+        self.bytes_written += summary["bytes_written"]
+        self.peak_memory_bytes = max(self.peak_memory_bytes, summary["peak_memory_bytes"])
+        self.max_abs_difference = max(self.max_abs_difference, summary["max_abs_difference"])
+        self.agreeing += summary["agreeing"]
+
+
+def cut_units(manifest: pa.Table, unit_size: int) -> list[pa.Table]:
+    """The fixed units of a split's manifest, each with its number in the column `unit`."""
+    units = []
+    for number, start in enumerate(range(0, manifest.num_rows, unit_size)):
+        rows = manifest.slice(start, unit_size).replace_schema_metadata()
+        units.append(rows.append_column("unit", pa.array([number] * rows.num_rows, pa.int32())))
+    return units
+
+
+def committed_units(run_dir: RunDir, table: str, split: str, fingerprint: str) -> set[int]:
+    """Numbers of the units whose committing file was made from `fingerprint`; files of another are removed."""
+    committed, stale = set(), []
+    for relative in run_dir.list(table_folder(table, split)):
+        try:
+            made_from = read_metadata(run_dir, relative).get(FINGERPRINT_KEY)
+        except pa.ArrowInvalid:
+            made_from = None  # torn: written by something else than `publish`
+        if made_from == fingerprint:
+            committed.add(int(relative.rsplit("-", 1)[1].removesuffix(".parquet")))
+        else:
+            stale.append(relative)
+    run_dir.delete(stale)
+    return committed
+
+
+class DecodeUnit:
+    """Adds to a unit's rows the decoded image (uint8), its status and its original size."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self._preprocessing = preprocessing
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        height, width = self._preprocessing.crop
+        pixels = np.zeros((rows.num_rows, height, width, 3), dtype=np.uint8)
+        reasons: list[str | None] = []
+        sizes = np.zeros((rows.num_rows, 2), dtype=np.int32)
+        for row, uri in enumerate(rows["uri"].to_pylist()):
+            reason = None
+            try:
+                image = decode_image(read_image_bytes(uri))
+                sizes[row] = image.size
+                pixels[row] = self._preprocessing.apply(image)
+            except (ImageError, OSError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+            reasons.append(reason)
+        columns = {
+            "reason": pa.array(reasons, pa.string()),
+            "width_px": pa.array(sizes[:, 0]),
+            "height_px": pa.array(sizes[:, 1]),
+            _IMAGE_COLUMN: pa.FixedShapeTensorArray.from_numpy_ndarray(pixels),
+        }
+        for name, values in columns.items():
+            rows = rows.append_column(name, values)
+        return rows
+
+
+@dataclass
+class Unit:
+    """A decoded unit as its actor sees it; `readable` are the rows whose image could be decoded."""
+
+    split: str
+    number: int
+    rows: pa.Table
+    pixels: np.ndarray
+    reasons: list[str | None]
+    sizes_px: np.ndarray
+
+    @classmethod
+    def of(cls, block: pa.Table) -> "Unit":
+        numbers, splits = set(block["unit"].to_pylist()), set(block["split"].to_pylist())
+        if len(numbers) != 1 or len(splits) != 1:
+            raise RuntimeError(f"a block holds the units {numbers} of {splits}: Ray Data cut or joined blocks")
+        sizes = np.stack([to_numpy(block["width_px"]), to_numpy(block["height_px"])], axis=1)
+        return cls(
+            splits.pop(),
+            numbers.pop(),
+            block,
+            to_numpy(block[_IMAGE_COLUMN]),
+            block["reason"].to_pylist(),
+            sizes,
+        )
+
+    @property
+    def readable(self) -> np.ndarray:
+        return np.array([row for row, reason in enumerate(self.reasons) if reason is None], dtype=np.int64)
+
+    def column(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+        return self.rows[name].take(pa.array(rows))
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a unit's actor published, and how well logits rebuilt from the map agree with the classifier's own."""
+
+    bytes_written: int
+    max_abs_difference: float
+    agreeing: int
+
+
+class UnitActor:
+    """Base of the actors of a pass: holds the classifier, forwards a unit in fixed batches."""
+
+    def __init__(self, run_dir: RunDir, model: ModelConfig, resources: Resources, fingerprint: str) -> None:
+        self.device = take_device(resources.device, resources.threads)
+        self.classifier: SplitClassifier = load(model).to(self.device)
+        self.run_dir, self.batch_size, self.fingerprint = run_dir, resources.batch_size, fingerprint
+        self.metadata = {FINGERPRINT_KEY: fingerprint}
+        self.forwarded = 0
+
+    def forward(self, pixels: np.ndarray, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """(place among `rows`, maps (b,d,h,w), logits (b,c)) batch by batch; the last batch is padded, then cut."""
+        batch = np.zeros((self.batch_size, *pixels.shape[1:]), dtype=np.uint8)
+        for start in range(0, len(rows), self.batch_size):
+            chosen = rows[start : start + self.batch_size]
+            batch[: len(chosen)] = pixels[chosen]
+            batch[len(chosen) :] = 0
+            with torch.inference_mode():
+                images = self.classifier.normalise(torch.from_numpy(batch).to(self.device))
+                maps, logits = self.classifier(images)
+            self.forwarded += len(chosen)
+            yield slice(start, start + len(chosen)), maps[: len(chosen)], logits[: len(chosen)]
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        unit = Unit.of(block)
+        readable, self.forwarded = unit.readable, 0
+        proof = self.commit(unit, readable)
+        return pa.table(
+            {
+                "split": [unit.split],
+                "unit": [unit.number],
+                "decoded": [len(readable)],
+                "forwarded": [self.forwarded],
+                "failed": [sum(reason is not None for reason in unit.reasons)],
+                "bytes_written": [proof.bytes_written],
+                "max_abs_difference": [proof.max_abs_difference],
+                "agreeing": [proof.agreeing],
+                "peak_memory_bytes": [peak_memory_bytes()],
+                "images": [unit.rows.num_rows],
+            }
+        )
+
+    def commit(self, unit: Unit, readable: np.ndarray) -> Committed:
+        """Computes and publishes the unit's files; a row found bad here gets its reason."""
+        raise NotImplementedError
+
+
+def run_pass(
+    stage: str,
+    actor: type[UnitActor],
+    arguments: dict[str, Any],
+    units: list[pa.Table],
+    preprocessing: Preprocessing,
+    resources: Resources,
+    reporter: Reporter,
+) -> PassTotals:
+    """Sends the units through decode tasks and a pool of actors; gives what was done. Raises the first cause."""
+    totals = PassTotals()
+    if not units:
+        return totals
+    image_bytes = preprocessing.crop[0] * preprocessing.crop[1] * 3
+    context = rd.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = max(128 * MIB, 2 * image_bytes * max(unit.num_rows for unit in units))
+    dataset = rd.from_arrow(units).map_batches(
+        DecodeUnit(preprocessing).__call__, batch_size=None, batch_format="pyarrow", num_cpus=1
+    )
+    on_gpu = resources.gpus_per_actor > 0
+    dataset = dataset.map_batches(
+        actor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=rd.ActorPoolStrategy(min_size=1, max_size=min(resources.feature_actors, len(units))),
+        num_gpus=resources.gpus_per_actor if on_gpu else None,
+        num_cpus=0 if on_gpu else 1,
+        fn_constructor_kwargs=arguments,
+    )
+    try:
+        with reporter.stage(stage, sum(unit.num_rows for unit in units), "images") as meter:
+            for summary in dataset.iter_rows():
+                totals.add(summary)
+                meter.advance(summary["images"], f"{totals.failed} failed" if totals.failed else "")
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise first_cause(error, stage) from error
+    finally:
+        # an actor pool keeps its GPUs until its dataset is gone
+        del dataset
+        gc.collect()
+    return totals

@@ -1,0 +1,127 @@
+"""From settings to a classifier in memory, and from folder names to classes of its head."""
+
+import difflib
+import hashlib
+import json
+import os
+import sys
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from epic_ray.config import ModelConfig, RunConfig
+from epic_ray.errors import ConfigError, InputError
+from epic_ray.method.backbones import imagenet_wnids, load_classifier, wnid_names
+from epic_ray.method.classifier import SplitClassifier
+from epic_ray.run_dir import resolve_root
+
+_OWN_WEIGHTS = ("pretrained", "random")
+
+
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """The settings with absolute paths, so that every process of the run means the same files."""
+    model = config.model
+    changes: dict[str, Any] = {}
+    if model.weights not in _OWN_WEIGHTS:
+        changes["weights"] = resolve_root(model.weights)
+    if isinstance(model.classes, str):
+        changes["classes"] = resolve_root(model.classes)
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=changes),
+            "data": config.data.model_copy(update={"root": resolve_root(config.data.root)}),
+            "output": config.output.model_copy(update={"root": resolve_root(config.output.root)}),
+        }
+    )
+
+
+def load(model: ModelConfig) -> SplitClassifier:
+    """The classifier of the settings, its split proved. Raises InputError, ConfigError."""
+    if model.source == "factory" and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look where it is started; `python -m` does
+    overrides = model.preprocessing.overrides() if model.preprocessing != "auto" else None
+    return load_classifier(
+        model.architecture,
+        source=model.source,
+        weights=model.weights,
+        class_count=model.class_count,
+        class_names=_class_names(model.classes),
+        preprocessing=overrides,
+        arguments=dict(model.arguments),
+        seed=model.seed,
+        tolerance=model.tolerance,
+    )
+
+
+def model_facts(model: ModelConfig, classifier: SplitClassifier) -> dict[str, Any]:
+    """What features depend on: settings, preprocessing as resolved, the weights' bytes, the libraries' versions."""
+    libraries = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}
+    weights = _file_digest(model.weights) if model.weights not in _OWN_WEIGHTS else model.weights
+    chosen = model.model_dump(mode="json", include={"architecture", "source", "class_count", "arguments", "seed"})
+    return chosen | {"weights": weights, "preprocessing": classifier.preprocessing.to_dict(), "libraries": libraries}
+
+
+@lru_cache
+def _file_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _class_names(classes: str | list[str] | None) -> tuple[str, ...] | None:
+    if classes is None or isinstance(classes, list):
+        return tuple(classes) if classes else None
+    try:
+        text = Path(classes).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"model.classes: {classes} cannot be read ({error}); give a file with one name a line"
+        ) from None
+    try:
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.classes: {classes} begins like a JSON list but is none ({error})") from None
+    return tuple(str(name).strip() for name in names if str(name).strip())
+
+
+class ClassNames:
+    """The classes of a head: what each is called, and which folder holds its images."""
+
+    def __init__(self, names: list[str], folders: list[str | None], origin: str) -> None:
+        self.names, self.folders, self.origin = names, folders, origin
+        by_name = {name: index for index, name in reversed(list(enumerate(names)))}
+        self._index = by_name | {folder: index for index, folder in enumerate(folders) if folder is not None}
+
+    @classmethod
+    def of(cls, classifier: SplitClassifier, folders: list[str]) -> "ClassNames":
+        """From the head's own names; else, where there are as many folders as classes, from the sorted folders.
+
+        The second is the convention of torchvision's ImageFolder, with which such heads are trained.
+        """
+        names, count = classifier.class_names, classifier.class_count
+        english = wnid_names()
+        if names is not None:
+            wnids = imagenet_wnids()
+            own = [name if name in english else None for name in names]
+            if len(names) == len(wnids) and not any(own):
+                own = list(wnids)
+            return cls([english.get(name, name) for name in names], own, "the names of the head's classes")
+        if len(folders) == count:
+            named = [english.get(folder, folder) for folder in folders]
+            return cls(named, list(folders), "the sorted class folders (the head has as many classes)")
+        return cls([f"class {index}" for index in range(count)], [None] * count, "numbers: no names are known")
+
+    def index_of(self, folder: str, where: str) -> int:
+        """The class of a folder. Raises InputError naming the folder where no class has that name."""
+        if folder in self._index:
+            return self._index[folder]
+        near = difflib.get_close_matches(folder, [name for name in self._index if name], n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise InputError(
+            f"{where}: folder `{folder}` matches no class of the head ({len(self.names)} classes, "
+            f"{self.origin}){hint}; "
+            "give the head's names in order as model.classes, or set data.labels=none"
+        )

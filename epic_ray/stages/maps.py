@@ -1,0 +1,171 @@
+"""Feature maps on disk: kept by the pass where they fit the budget, else of chosen images only; read in blocks.
+
+Arrow IPC files, memory-mapped where the run is local, so that a chosen image costs one copy of its own map.
+S = H·W cells, row-major; D channels, last.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from epic_ray.errors import InputError, ResultError
+from epic_ray.method.classifier import SplitClassifier
+from epic_ray.method.preprocessing import ImageError, decode_image
+from epic_ray.run_dir import RunDir, map_folder
+from epic_ray.stages.images import read_image_bytes
+from epic_ray.stages.resources import MIB
+from epic_ray.tables import to_numpy
+
+_BLOCK_BYTES = 128 * MIB
+_FINGERPRINT = b"epic_ray.fingerprint"
+
+
+def map_bytes(classifier: SplitClassifier) -> int:
+    """Bytes of one image's feature map in float32."""
+    return 4 * classifier.channel_count * classifier.grid[0] * classifier.grid[1]
+
+
+def unit_map_file(split: str, unit: int) -> str:
+    return f"{map_folder(split)}/unit-{unit:06d}.arrow"
+
+
+def write_maps(run_dir: RunDir, relative: str, positions: np.ndarray, maps_BSD: np.ndarray, fingerprint: str) -> int:
+    """Publishes the maps of some images of a split as one file; gives its size in bytes."""
+    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(maps_BSD)
+    schema = pa.schema(
+        [pa.field("position", pa.int64(), nullable=False), pa.field("maps", tensor.type, nullable=False)],
+        metadata={_FINGERPRINT: fingerprint.encode(), b"shape": json.dumps(maps_BSD.shape[1:]).encode()},
+    )
+    batch = pa.record_batch([pa.array(positions, pa.int64()), tensor], schema=schema)
+
+    def write(stream: pa.NativeFile) -> None:
+        with pa.ipc.new_file(stream, schema) as writer:
+            writer.write_batch(batch)
+
+    return run_dir.publish(relative, write)
+
+
+class MapStore:
+    """The maps of a split's images, found by position in the manifest."""
+
+    def __init__(self, run_dir: RunDir, split: str, fingerprint: str) -> None:
+        self.run_dir, self.split, self.fingerprint = run_dir, split, fingerprint
+        self._tables: dict[str, pa.Table] = {}
+        self._order = np.empty(0, np.int64)
+        self._places = np.empty((0, 2), np.int64)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes up the files that other processes have published; files of other features are not seen."""
+        for relative in self.run_dir.list(map_folder(self.split)):
+            if relative not in self._tables:
+                table = pa.ipc.open_file(self.run_dir.open(relative)).read_all()
+                if (table.schema.metadata or {}).get(_FINGERPRINT) == self.fingerprint.encode():
+                    self._tables[relative] = table
+        positions = [to_numpy(table["position"]) for table in self._tables.values()]
+        places = [
+            np.stack([np.full(len(rows), file), np.arange(len(rows))], axis=1) for file, rows in enumerate(positions)
+        ]
+        if positions:
+            self._order, first = np.unique(np.concatenate(positions), return_index=True)
+            self._places = np.concatenate(places)[first]
+
+    def missing(self, positions: np.ndarray) -> np.ndarray:
+        """Of these images, sorted, those whose map is not there."""
+        return np.setdiff1d(positions, self._order)
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """The maps (len(positions), S, D) of images, in the given order. Raises ResultError where one is missing."""
+        places = self._places[self._find(positions)]
+        tables = list(self._tables.values())
+        out: np.ndarray | None = None
+        for file in np.unique(places[:, 0]):
+            maps = to_numpy(tables[file]["maps"])
+            if out is None:
+                out = np.empty((len(positions), *maps.shape[1:]), np.float32)
+            rows = np.flatnonzero(places[:, 0] == file)
+            out[rows] = maps[places[rows, 1]]
+        if out is None:
+            raise ResultError(f"{self.run_dir}: no map asked for in split {self.split}")
+        return out
+
+    def blocks(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The maps of sorted, distinct images in blocks of bounded memory: (positions, maps (b, S, D))."""
+        if not len(positions):
+            return
+        size = max(1, _BLOCK_BYTES // self.read(positions[:1]).nbytes)
+        for start in range(0, len(positions), size):
+            block = positions[start : start + size]
+            yield block, self.read(block)
+
+    def _find(self, positions: np.ndarray) -> np.ndarray:
+        found = np.searchsorted(self._order, positions).clip(max=max(len(self._order) - 1, 0))
+        if not len(self._order) or (self._order[found] != positions).any():
+            count = len(self.missing(positions))
+            raise ResultError(f"{self.run_dir}: {count} map(s) of split {self.split} are missing; run the fit again")
+        return found
+
+
+class MapGatherer:
+    """Forwards chosen images for their maps, in this process, and commits them to the store."""
+
+    def __init__(
+        self, store: MapStore, manifest: pa.Table, classifier: SplitClassifier, batch_size: int, device: Any
+    ) -> None:
+        self.store, self._uris = store, manifest["uri"]
+        self._classifier, self._batch_size, self._device = classifier.to(device), batch_size, device
+        self.forwarded = 0
+        self.decoded = 0
+
+    def ensure(self, positions: np.ndarray, name: str) -> int:
+        """Forwards those of the images whose map is missing; gives how many. `name` marks the files written."""
+        missing = self.store.missing(positions)
+        size = max(self._batch_size, _BLOCK_BYTES // map_bytes(self._classifier))
+        for number, start in enumerate(range(0, len(missing), size)):
+            block = missing[start : start + size]
+            relative = f"{map_folder(self.store.split)}/chosen-{name}-{number:04d}.arrow"
+            write_maps(self.store.run_dir, relative, block, self._forward(block), self.store.fingerprint)
+        return len(missing)
+
+    def _forward(self, positions: np.ndarray) -> np.ndarray:
+        classifier, (height, width) = self._classifier, self._classifier.preprocessing.crop
+        cells = classifier.grid[0] * classifier.grid[1]
+        out = np.empty((len(positions), cells, classifier.channel_count), np.float32)
+        batch = np.zeros((self._batch_size, height, width, 3), np.uint8)
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            for start in range(0, len(positions), self._batch_size):
+                chosen = positions[start : start + self._batch_size]
+                for row, pixels in enumerate(pool.map(self._decode, chosen.tolist())):
+                    batch[row] = pixels
+                batch[len(chosen) :] = 0
+                with torch.inference_mode():
+                    images = classifier.normalise(torch.from_numpy(batch).to(self._device))
+                    maps = cells_last(classifier(images)[0][: len(chosen)])
+                out[start : start + len(chosen)] = maps.cpu().numpy()
+                self.decoded += len(chosen)
+                self.forwarded += len(chosen)
+        return out
+
+    def _decode(self, position: int) -> np.ndarray:
+        uri = self._uris[position].as_py()
+        try:
+            return self._classifier.preprocessing.apply(decode_image(read_image_bytes(uri)))
+        except (ImageError, OSError) as error:
+            raise InputError(
+                f"{uri}: was read in the pass, but cannot be read again ({error}); the data set changed under the run"
+            ) from error
+
+
+def cells_last(maps_BDHW: torch.Tensor) -> torch.Tensor:
+    """(b, d, h, w) -> (b, h·w, d), contiguous."""
+    return maps_BDHW.flatten(2).transpose(1, 2).contiguous()
+
+
+def keep_all_maps(counts: Sequence[int], classifier: SplitClassifier, budget_bytes: int) -> bool:
+    """Whether the maps of so many images fit the budget."""
+    return sum(counts) * map_bytes(classifier) <= budget_bytes

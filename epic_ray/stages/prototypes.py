@@ -1,0 +1,177 @@
+"""Final tables of a fit: prototypes and purity, before and after, on the fitting and the held-out split."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+
+from epic_ray.config import FITTING_SPLIT, ModelConfig, RunConfig
+from epic_ray.logs import Reporter
+from epic_ray.method.peaks import Peaks, find_peaks_grouped
+from epic_ray.method.preprocessing import Preprocessing
+from epic_ray.method.topk import TopN
+from epic_ray.run_dir import RunDir, table_file
+from epic_ray.stages.features import feature_files, read_images_table
+from epic_ray.stages.images import read_manifest
+from epic_ray.stages.loading import load
+from epic_ray.stages.maps import MapGatherer, MapStore
+from epic_ray.stages.resources import Resources, first_cause, take_device
+from epic_ray.stages.search import search_split
+from epic_ray.tables import build_table, read_table, to_numpy, write_table
+
+PURITY_COUNTS = (5, 20)
+SIGN_NAMES = {1: "positive", -1: "negative"}
+
+
+@dataclass
+class PrototypesJob:
+    """What the stage works on; `forwarded` counts images whose map had to be computed anew."""
+
+    run_dir: RunDir
+    config: RunConfig
+    resources: Resources
+    preprocessing: Preprocessing
+    grid: tuple[int, int]
+    features_fingerprint: str
+    forwarded: int = field(default=0)
+
+
+def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter) -> dict[str, int]:
+    """Writes the tables `prototypes` and `purity`; gives their rows."""
+    bases = {"before": torch.eye(len(basis)), "after": basis}
+    splits = [split for split in (FITTING_SPLIT, job.config.held_out_split) if split]
+    prototypes, purity = [], []
+    with reporter.stage("prototypes", len(splits) * len(bases), "searches") as meter:
+        for split in splits:
+            store = MapStore(job.run_dir, split, job.features_fingerprint)
+            found = {name: _search(job, split, bases[name]) for name in bases}
+            _ensure_maps(job, store, split, found)
+            for name, tops in found.items():
+                peaks = {sign: _peaks(store, top, bases[name], sign) for sign, top in tops.items()}
+                purity += _purity_rows(name, split, peaks[1])
+                if split == FITTING_SPLIT:
+                    prototypes += [_prototype_table(job, name, split, sign, tops[sign], peaks[sign]) for sign in tops]
+                meter.advance()
+    tables = {"prototypes": pa.concat_tables(prototypes), "purity": pa.concat_tables(purity)}
+    for name, table in tables.items():
+        write_table(job.run_dir, table_file(name), table)
+    return {name: table.num_rows for name, table in tables.items()}
+
+
+def _search(job: PrototypesJob, split: str, basis: torch.Tensor) -> dict[int, TopN]:
+    """The top-n for each sign that the tables need; negative prototypes only of the fitting split."""
+    per_channel = job.config.prototypes.per_channel
+    counts = {1: max(*PURITY_COUNTS, per_channel if split == FITTING_SPLIT else 0)}
+    if split == FITTING_SPLIT:
+        counts[-1] = per_channel
+    files = feature_files(job.run_dir, split, job.features_fingerprint)
+    return {sign: search_split(job.run_dir, files, basis, n, sign) for sign, n in counts.items()}
+
+
+def _ensure_maps(job: PrototypesJob, store: MapStore, split: str, found: dict[str, dict[int, TopN]]) -> None:
+    """Forwards the chosen images whose map is not there, spread over as many tasks as there are feature actors."""
+    chosen = torch.cat([top.indices.flatten() for tops in found.values() for top in tops.values()]).unique()
+    missing = store.missing(chosen[chosen >= 0].numpy())
+    if not len(missing):
+        return
+    shares = np.array_split(missing, min(job.resources.feature_actors, len(missing)))
+    task = ray.remote(num_cpus=1, num_gpus=job.resources.gpus_per_actor)(_gather)
+    arguments = (job.run_dir, split, job.features_fingerprint, job.config.model, job.resources)
+    try:
+        job.forwarded += sum(ray.get([task.remote(*arguments, share, f"{n:04d}") for n, share in enumerate(shares)]))
+    except ray.exceptions.RayError as error:
+        raise first_cause(error, "prototypes") from error
+    store.refresh()
+
+
+def _gather(
+    run_dir: RunDir,
+    split: str,
+    fingerprint: str,
+    model: ModelConfig,
+    resources: Resources,
+    positions: np.ndarray,
+    name: str,
+) -> int:
+    device = take_device(resources.device, resources.threads)
+    store = MapStore(run_dir, split, fingerprint)
+    gatherer = MapGatherer(store, read_manifest(run_dir, split), load(model), resources.batch_size, device)
+    return gatherer.ensure(positions, f"prototypes-{name}")
+
+
+def _peaks(store: MapStore, top: TopN, basis: torch.Tensor, sign: int) -> dict[str, np.ndarray]:
+    """Purity and peak cell of every (channel, slot) of `top`; unused slots are NaN and -1."""
+    channels, slots = (top.indices >= 0).nonzero(as_tuple=True)
+    images = top.indices[channels, slots]
+    out: dict[str, np.ndarray] = {
+        "purity": np.full(top.indices.shape, np.nan, np.float32),
+        "cells": np.full(top.indices.shape, -1, np.int64),
+        "indices": top.indices.numpy(),
+    }
+    for positions, maps in store.blocks(images.unique().numpy()):
+        among = torch.from_numpy(positions)
+        rows = torch.isin(images, among).nonzero()[:, 0]
+        image_slots = torch.searchsorted(among, images[rows])
+        peaks: Peaks = find_peaks_grouped(torch.from_numpy(maps), image_slots, channels[rows], basis, sign)
+        where = (channels[rows].numpy(), slots[rows].numpy())
+        out["purity"][where], out["cells"][where] = peaks.purity.numpy(), peaks.cells.numpy()
+    return out
+
+
+def _purity_rows(basis: str, split: str, peaks: dict[str, np.ndarray]) -> list[pa.Table]:
+    tables = []
+    channels = np.arange(len(peaks["purity"]), dtype=np.int32)
+    for n in PURITY_COUNTS:
+        first = peaks["purity"][:, :n]
+        found = np.isfinite(first)
+        count = found.sum(axis=1).astype(np.int32)
+        mean = np.where(found, first, 0).sum(axis=1, dtype=np.float64) / np.maximum(count, 1)
+        columns: dict[str, Any] = {
+            "basis": [basis] * len(channels),
+            "split": [split] * len(channels),
+            "channel": channels,
+            "n": np.full(len(channels), n, np.int32),
+            "prototype_count": count,
+            "purity": mean.astype(np.float32),
+        }
+        tables.append(build_table("purity", columns))
+    return tables
+
+
+def _prototype_table(
+    job: PrototypesJob, basis: str, split: str, sign: int, top: TopN, peaks: dict[str, np.ndarray]
+) -> pa.Table:
+    per_channel = job.config.prototypes.per_channel
+    indices, values = top.indices[:, :per_channel].numpy(), top.values[:, :per_channel].numpy()
+    channels, slots = np.nonzero(indices >= 0)
+    rows = pa.array(indices[channels, slots])
+    images = read_images_table(job.run_dir, split, ["image_id", "label", "width_px", "height_px"]).take(rows)
+    cells = np.stack(np.divmod(peaks["cells"][channels, slots], job.grid[1]), axis=1)
+    sizes = np.stack([to_numpy(images["width_px"]), to_numpy(images["height_px"])], axis=1)
+    count = len(channels)
+    columns: dict[str, Any] = {
+        "basis": [basis] * count,
+        "split": [split] * count,
+        "sign": [SIGN_NAMES[sign]] * count,
+        "channel": channels.astype(np.int32),
+        "rank": (slots + 1).astype(np.int32),
+        "image_id": images["image_id"],
+        "label": images["label"],
+        "value": sign * values[channels, slots],
+        "purity": peaks["purity"][channels, slots],
+        "cell_row": cells[:, 0].astype(np.int32),
+        "cell_col": cells[:, 1].astype(np.int32),
+        "box_xyxy_px": job.preprocessing.cell_boxes(cells, job.grid, sizes),
+    }
+    return build_table("prototypes", columns)
+
+
+def mean_purity(run_dir: RunDir, basis: str, split: str, n: int) -> float:
+    """Mean over channels of the table `purity`."""
+    table = read_table(run_dir, table_file("purity"))
+    chosen = table.filter((pc.field("basis") == basis) & (pc.field("split") == split) & (pc.field("n") == n))
+    return float(to_numpy(chosen["purity"]).mean(dtype=np.float64))

@@ -1,0 +1,117 @@
+"""Ray itself: started or joined, what it has, what each actor gets, and the first cause of what failed on it."""
+
+import logging
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from epic_ray.config import ResourcesConfig
+from epic_ray.errors import ClusterError, EpicError, RunFailed
+from epic_ray.logs import quiet_ray
+
+MIB = 1024**2
+_LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the settings' `auto`s come to on the machines at hand."""
+
+    feature_actors: int
+    gpus_per_actor: float
+    device: str
+    threads: int
+    batch_size: int
+    cluster_cpus: int
+    cluster_gpus: int
+
+
+def start_ray(local: bool = True) -> None:
+    """Starts a Ray of this process's own, or joins the cluster whose job this process is; keeps one that runs."""
+    if ray.is_initialized():
+        return
+    quiet_ray()
+    if not local:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return
+    # at least four logical CPUs: with fewer, waiting actors can hold the CPUs that the reads need
+    cpus = max(4, os.cpu_count() or 1)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def resolve_resources(config: ResourcesConfig) -> Resources:
+    """The settings against what Ray has. Raises ClusterError where it has less than is asked for."""
+    have = ray.cluster_resources()
+    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    gpus_per_actor: float = 1.0 if gpus and config.device != "cpu" else 0.0
+    if config.gpus_per_actor != "auto":
+        gpus_per_actor = config.gpus_per_actor
+    actors = max(1, int(gpus / gpus_per_actor)) if gpus_per_actor else 1
+    if config.feature_actors != "auto":
+        actors = config.feature_actors
+    if actors * gpus_per_actor > gpus:
+        raise ClusterError(
+            f"resources: {actors} actor(s) x {gpus_per_actor:g} GPU(s) asked, but Ray has {gpus}; "
+            "lower resources.feature_actors or resources.gpus_per_actor"
+        )
+    if config.device == "cuda" and not gpus_per_actor:
+        raise ClusterError("resources: device is cuda, but no actor holds a GPU; set resources.gpus_per_actor")
+    device = config.device if config.device != "auto" else ("cuda" if gpus_per_actor else "cpu")
+    threads = min(4, os.cpu_count() or 1) if config.threads_per_actor == "auto" else config.threads_per_actor
+    return Resources(actors, gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
+
+
+def take_device(device: str, threads: int) -> Any:
+    """The torch device of this process, its threads set. Raises ClusterError if cuda is asked for and absent."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ClusterError(
+            "resources: Ray gave this actor a GPU, but torch sees none; install a CUDA build of torch there, "
+            "or set resources.device=cpu"
+        )
+    return torch.device(device)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory that this process has had."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def first_cause(error: BaseException, stage: str) -> EpicError:
+    """The fault behind what Ray raised: the first EpicError in the chain, else RunFailed with the innermost message."""
+    innermost: BaseException = error
+    for inner in _chain(error):
+        if isinstance(inner, EpicError):
+            return inner
+        innermost = inner
+    text = (str(innermost).strip() or type(innermost).__name__).splitlines()[-1]
+    return RunFailed(f"{stage}: {type(innermost).__name__}: {text}; Ray's logs lie under /tmp/ray/session_latest/logs")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    queue = [error]
+    while queue:
+        inner = queue.pop(0)
+        if inner in found:
+            continue
+        found.append(inner)
+        failures = getattr(inner, "worker_failures", None) or {}
+        candidates = [getattr(inner, "cause", None), inner.__cause__, *failures.values()]
+        queue += [candidate for candidate in candidates if isinstance(candidate, BaseException)]
+    return found

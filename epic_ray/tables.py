@@ -1,0 +1,289 @@
+"""Every table of a run: its columns, their types, units and meaning; writing and reading with checks.
+
+The files are plain Parquet that pandas, polars and DuckDB read as they are. Vectors are Arrow's canonical fixed-shape
+tensors of float32; units and meanings stand in the field metadata, name and schema version in the schema metadata.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from epic_ray.errors import ResultError
+from epic_ray.run_dir import RunDir
+
+SCHEMA_VERSION = 1
+VECTOR = "vector"  # a type that depends on the model: float32 [channels] or [classes]
+BOX = pa.fixed_shape_tensor(pa.float32(), [4])
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    type: pa.DataType | str
+    meaning: str
+    unit: str = ""
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    what: str
+    columns: tuple[Column, ...]
+
+    def schema(self, metadata: Mapping[str, str] | None = None, **vector_sizes: int) -> pa.Schema:
+        """The Arrow schema; `vector_sizes` gives the length of each column of type `vector` (absent: left out)."""
+        fields = []
+        for column in self.columns:
+            kind = column.type
+            if isinstance(kind, str):
+                if column.name not in vector_sizes:
+                    continue
+                kind = pa.fixed_shape_tensor(pa.float32(), [vector_sizes[column.name]])
+            about = {"meaning": column.meaning} | ({"unit": column.unit} if column.unit else {})
+            fields.append(pa.field(column.name, kind, nullable=column.nullable, metadata=about))
+        about = {"epic_ray.table": self.name, "epic_ray.schema_version": str(SCHEMA_VERSION)}
+        return pa.schema(fields, metadata=about | dict(metadata or {}))
+
+
+_IMAGE_ID = Column("image_id", pa.string(), "path of the image relative to the data set's root")
+_SPLIT = Column("split", pa.string(), "split of the image")
+_POSITION = Column("position", pa.int64(), "row of the image in its split's manifest, from 0")
+_LABEL = Column(
+    "label", pa.int32(), "class index of the image's folder in the head; null without labels", nullable=True
+)
+_CHANNEL = Column("channel", pa.int32(), "row of U, from 0; under basis `before`, channel of the classifier's own map")
+_SIGN = Column("sign", pa.string(), "`positive`: strongest activation; `negative`: strongest negated activation")
+_BASIS = Column("basis", pa.string(), "`before`: the classifier's own channels (U = I); `after`: the fitted U")
+_CELL_ROW = Column("cell_row", pa.int32(), "row of the channel's peak in the feature map, from 0", "cell")
+_CELL_COL = Column("cell_col", pa.int32(), "column of the channel's peak in the feature map, from 0", "cell")
+_BOX = Column("box_xyxy_px", BOX, "the peak cell (left, top, right, bottom) in the upright original image", "px")
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "classes",
+            "The classes of the head.",
+            (
+                Column("class_index", pa.int32(), "row of the head's weight, from 0"),
+                Column("name", pa.string(), "what the class is called in pictures and pages"),
+                Column("folder", pa.string(), "name that class folders carry, where it differs", nullable=True),
+            ),
+        ),
+        Table(
+            "manifest",
+            "The images of the data set, before any was read; one file a split.",
+            (
+                _SPLIT,
+                _POSITION,
+                _IMAGE_ID,
+                Column("uri", pa.string(), "where the image's bytes are read from"),
+                _LABEL,
+                Column("size_bytes", pa.int64(), "size of the image's file when it was listed", "byte"),
+            ),
+        ),
+        Table(
+            "images",
+            "What became of each image in the pass; one file a unit, the commit of that unit.",
+            (
+                _SPLIT,
+                _POSITION,
+                _IMAGE_ID,
+                _LABEL,
+                Column("status", pa.string(), "`ok` or `failed`"),
+                Column("reason", pa.string(), "why it failed", nullable=True),
+                Column("width_px", pa.int32(), "width of the upright original", "px", nullable=True),
+                Column("height_px", pa.int32(), "height of the upright original", "px", nullable=True),
+                Column("predicted", pa.int32(), "class index of the largest logit", nullable=True),
+                Column("logit", pa.float32(), "the classifier's own logit of the predicted class", nullable=True),
+                Column("probability", pa.float32(), "softmax of the logits at the predicted class", nullable=True),
+                Column(
+                    "split_difference",
+                    pa.float32(),
+                    "largest |difference| of A·v + b from the classifier's own logits",
+                    nullable=True,
+                ),
+            ),
+        ),
+        Table(
+            "features",
+            "Pooled features of each readable image; one file a unit.",
+            (
+                _SPLIT,
+                _POSITION,
+                _IMAGE_ID,
+                Column("pooled", VECTOR, "v: mean of the last feature map over its cells, one entry a channel"),
+                Column("logits", VECTOR, "the classifier's own logits; only in splits that are not fitted on"),
+            ),
+        ),
+        Table(
+            "prototypes",
+            "The images that activate each channel most, in the split that U was fitted on.",
+            (
+                _BASIS,
+                _SPLIT,
+                _SIGN,
+                _CHANNEL,
+                Column("rank", pa.int32(), "place among the channel's prototypes, from 1"),
+                _IMAGE_ID,
+                _LABEL,
+                Column("value", pa.float32(), "the channel's mean activation over the cells (the paper's sum / (H·W))"),
+                Column("purity", pa.float32(), "share of the peak cell's length that lies in the channel, in [-1, 1]"),
+                _CELL_ROW,
+                _CELL_COL,
+                _BOX,
+            ),
+        ),
+        Table(
+            "purity",
+            "Mean purity of each channel's n positive prototypes, chosen anew in each split.",
+            (
+                _BASIS,
+                _SPLIT,
+                _CHANNEL,
+                Column("n", pa.int32(), "prototypes asked for"),
+                Column("prototype_count", pa.int32(), "prototypes found: fewer than n in a split of fewer images"),
+                Column("purity", pa.float32(), "their mean purity, in [-1, 1]"),
+            ),
+        ),
+        Table(
+            "history",
+            "The rounds of the fit.",
+            (
+                Column("round", pa.int32(), "round, from 1"),
+                Column("prototypes_per_channel", pa.int32(), "prototypes a channel was fitted on"),
+                Column("purity_start", pa.float64(), "mean purity of the round's prototypes before its update"),
+                Column("purity_end", pa.float64(), "mean purity of the same prototypes after it"),
+                Column(
+                    "moved", pa.float64(), "mean over channels of 1 - |cosine| of U's row before and after the round"
+                ),
+                Column("steps", pa.int32(), "updates of U in the round"),
+                Column("loss", pa.float64(), "mean loss over the round's steps (adam)", nullable=True),
+                Column("images", pa.int64(), "distinct images among the round's prototypes"),
+                Column("new_images", pa.int64(), "of these, images that had to be forwarded for their map"),
+                Column("orthogonality_error", pa.float64(), "largest |entry| of U·Uᵀ - I after the round"),
+            ),
+        ),
+        Table(
+            "explanations",
+            "The strongest channels of each image's prediction; one file a unit.",
+            (
+                _SPLIT,
+                _POSITION,
+                _IMAGE_ID,
+                _LABEL,
+                Column("predicted", pa.int32(), "class index of the largest logit"),
+                Column("logit", pa.float32(), "the classifier's own logit of the predicted class"),
+                Column("probability", pa.float32(), "softmax of the logits at the predicted class"),
+                Column("rank", pa.int32(), "place of the channel in this prediction, from 1"),
+                _CHANNEL,
+                Column("sign", pa.string(), "`positive` or `negative`: the side on which the channel is active"),
+                Column("share", pa.float32(), "exact signed part of the logit: Â_yk·v̂_k; all channels + bias = logit"),
+                Column("score", pa.float32(), "the paper's: Â_yk·ReLU(v̂_k)"),
+                Column("value", pa.float32(), "v̂_k: the channel's mean activation over the cells"),
+                Column("purity", pa.float32(), "purity of the channel's peak cell in this image"),
+                _CELL_ROW,
+                _CELL_COL,
+                _BOX,
+            ),
+        ),
+    )
+}
+
+
+def build_table(name: str, columns: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> pa.Table:
+    """A table from columns of Python, numpy or Arrow values, in the schema's types and order.
+
+    2-D numpy arrays become fixed-shape tensors. Raises ResultError for missing or unknown columns and wrong types.
+    """
+    arrays = {key: _vectors(value) if getattr(value, "ndim", 1) == 2 else value for key, value in columns.items()}
+    sizes = {key: array.type.shape[0] for key, array in arrays.items() if isinstance(array, pa.ExtensionArray)}
+    schema = TABLES[name].schema(metadata, **sizes)
+    if set(schema.names) != set(arrays):
+        raise ResultError(f"table {name}: has columns {sorted(arrays)}, but its schema {sorted(schema.names)}")
+    try:
+        ready = [
+            array
+            if isinstance(array, pa.Array | pa.ChunkedArray) and array.type == field.type
+            else pa.array(array, type=field.type)
+            for field, array in ((field, arrays[field.name]) for field in schema)
+        ]
+        table = pa.Table.from_arrays(ready, schema=schema)
+        table.validate()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ResultError(f"table {name}: {error}") from error
+    for field in schema:
+        if not field.nullable and table[field.name].null_count:
+            raise ResultError(f"table {name}: {table[field.name].null_count} null(s) in {field.name}")
+    return table
+
+
+def _vectors(values: Any) -> pa.FixedShapeTensorArray:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+
+
+def write_table(run_dir: RunDir, relative: str, table: pa.Table) -> int:
+    """Publishes a table as one Parquet file; gives its size in bytes."""
+    words = [field.name for field in table.schema if pa.types.is_string(field.type)]
+
+    def write(stream: pa.NativeFile) -> None:
+        pq.write_table(table, stream, compression="zstd", use_dictionary=words, row_group_size=16_384)
+
+    return run_dir.publish(relative, write)
+
+
+def read_table(run_dir: RunDir, relative: str, columns: list[str] | None = None) -> pa.Table:
+    """One file of a table, its schema checked. Raises ResultError for an absent, torn or foreign file."""
+    try:
+        with run_dir.open(relative) as file:
+            table = pq.read_table(file, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ResultError(
+            f"{run_dir.show(relative)}: is no readable Parquet file ({error}); run its stage again"
+        ) from error
+    check_schema(table.schema, run_dir.show(relative))
+    return table
+
+
+def check_schema(schema: pa.Schema, where: str) -> None:
+    """Raises ResultError unless a file's columns are those of the table that its metadata names."""
+    about = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    name, version = about.get("epic_ray.table"), about.get("epic_ray.schema_version")
+    if name not in TABLES or version != str(SCHEMA_VERSION):
+        raise ResultError(
+            f"{where}: table {name!r} of schema version {version!r}; this epic-ray reads {SCHEMA_VERSION}"
+        )
+    known = {column.name: column.type for column in TABLES[name].columns}
+    wrong = [field.name for field in schema if field.name not in known or not _fits(field.type, known[field.name])]
+    if wrong:
+        raise ResultError(f"{where}: columns {wrong} are not those of table {name}; written by another version?")
+
+
+def _fits(found: pa.DataType, expected: pa.DataType | str) -> bool:
+    return isinstance(found, pa.FixedShapeTensorType) if isinstance(expected, str) else found == expected
+
+
+def read_tables(run_dir: RunDir, relatives: list[str], columns: list[str] | None = None) -> pa.Table:
+    """Several files of one table, in the given order."""
+    return pa.concat_tables(
+        [read_table(run_dir, relative, columns).replace_schema_metadata() for relative in relatives]
+    )
+
+
+def read_metadata(run_dir: RunDir, relative: str) -> dict[str, str]:
+    """The schema metadata of a table's file, from its footer alone. Raises pyarrow.ArrowInvalid for a torn file."""
+    with run_dir.open(relative) as file:
+        metadata = pq.read_schema(file).metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+def to_numpy(column: pa.ChunkedArray | pa.Array) -> Any:
+    """A column as numpy: fixed-shape tensors as (rows, ...), others as one value a row."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # no chunk at all
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    return array.to_numpy_ndarray() if isinstance(array, pa.ExtensionArray) else array.to_numpy(zero_copy_only=False)
