@@ -68,7 +68,7 @@ def _read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
-        found = re.search(r"Unsupported (?:global|class|operand)[^\n]*|TorchScript archives", str(error))
+        found = re.search(r"Unsupported (?:global|class)[^\n]*|TorchScript archives", str(error))
         if found is None:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{path} is no readable checkpoint: {reason[:200]}") from error

@@ -62,10 +62,10 @@ def test_polar_factor_of_a_scaled_rotation_is_that_rotation():
 
 
 @pytest.mark.parametrize("d", [64, 512])
-def test_polar_factor_in_float32_is_orthogonal_far_below_a_hundred_thousandth(d):
+def test_polar_factor_in_float32_is_orthogonal_to_float32s_last_digit(d):
     # non-negative, as the mean peak directions of rectified features are: one huge singular value
     matrix = torch.rand(d, d, generator=torch.Generator().manual_seed(0))
-    assert B.orthogonality_error(B.polar_factor(matrix)) < 1e-6
+    assert B.orthogonality_error(B.polar_factor(matrix)) < 1e-7
 
 
 def test_polar_factor_of_a_singular_matrix_is_still_orthogonal():
