@@ -9,11 +9,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from itertools import permutations
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from epic_ray.errors import ConfigError
 
@@ -85,6 +86,20 @@ class DataConfig(Section):
     max_failed_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.01
     """Share of a split's images that may be unreadable before the run stops."""
 
+    @field_validator("splits")
+    @classmethod
+    def _splits_make_sense(cls, splits: dict[str, str]) -> dict[str, str]:
+        if FITTING_SPLIT not in splits:
+            raise ValueError(f"has no `{FITTING_SPLIT}`, the split that is fitted on; add it")
+        for split in splits:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", split):
+                raise ValueError(f"`{split}` is no split name; use letters, digits, `.`, `_` and `-`")
+        folders = {split: PurePosixPath(folder.strip("/")) for split, folder in splits.items()}
+        for one, other in permutations(splits, 2):
+            if folders[one].is_relative_to(folders[other]):
+                raise ValueError(f"`{one}` and `{other}` share a folder; held-out figures would mean nothing")
+        return splits
+
 
 class FeaturesConfig(Section):
     """The one pass over the images."""
@@ -101,9 +116,13 @@ class PrototypeScheduleConfig(Section):
     """Prototypes per channel that a round fits on, round by round."""
 
     start: Positive = 100
+    """Prototypes per channel of the first round."""
     end: Positive = 20
+    """Prototypes per channel that the rounds come down to."""
     rounds: Positive = 10
+    """Rounds of search and update."""
     decay: Literal["linear", "exponential", "logarithmic"] = "linear"
+    """The curve from `start` to `end`."""
     exact_end: bool = True
     """true: the last round uses `end`; false: the published code's numbers, which stop one step before it."""
 
@@ -118,10 +137,13 @@ class AdamConfig(Section):
     """The paper's solver; its defaults are the paper's."""
 
     epochs_per_round: Positive = 2
+    """Times that a round goes through its pairs."""
     batch_size: Positive = 512
     """Pairs of (image, channel) a step, over all workers."""
     learning_rate: Annotated[Number, Field(gt=0)] = 1e-3
+    """Step size."""
     weight_decay: Annotated[Number, Field(ge=0)] = 1e-5
+    """Pull of the solver's parameter towards zero, added to its gradient."""
 
 
 class FitConfig(Section):
@@ -136,7 +158,9 @@ class FitConfig(Section):
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"
     """Processes of the fit; 0: in the driver; auto: one a GPU where there are several, else 0."""
     prototypes_per_channel: PrototypeScheduleConfig = PrototypeScheduleConfig()
+    """How many prototypes each round fits on."""
     adam: AdamConfig = AdamConfig()
+    """Settings of `solver: adam`."""
 
 
 class PrototypesConfig(Section):
@@ -214,18 +238,6 @@ class RunConfig(Section):
         )
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(map(str, parts))).strip("-._")[:100]
         return {**values, "name": name or "run"}
-
-    @model_validator(mode="after")
-    def _splits_make_sense(self) -> Self:
-        if FITTING_SPLIT not in self.data.splits:
-            raise ValueError(f"data.splits: has no `{FITTING_SPLIT}`, the split that is fitted on; add it")
-        folders = [folder.strip("/") for folder in self.data.splits.values()]
-        if len(set(folders)) < len(folders):
-            raise ValueError("data.splits: two splits share a folder; held-out figures would mean nothing")
-        for split in self.data.splits:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", split):
-                raise ValueError(f"data.splits: `{split}` is no split name; use letters, digits, `.`, `_` and `-`")
-        return self
 
     @property
     def held_out_split(self) -> str | None:
@@ -341,6 +353,8 @@ def _line(item: Any, path: list[str]) -> str:
     if item["type"] == "missing":
         where = _FIRST_KEY.get(where, where)
         return f"  {where}: missing; set it in the run file or by --set {where}=..."
+    if item["type"] == "model_type":
+        return f"  {where or 'run file'}: expected a mapping of settings, not {item['input']!r}"
     if item["type"] == "value_error":
         return f"  {where}: {message}" if path else f"  {message}"
     return f"  {where}: {message[0].lower()}{message[1:]}, not {item['input']!r}"

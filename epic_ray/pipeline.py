@@ -7,6 +7,7 @@ A stage that finds its own mark with the same fingerprint does nothing; a stage 
 with it all that depends on it. Nothing here computes: it says what is made from what.
 """
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -221,13 +222,14 @@ def _fit(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str,
 
 
 def _basis_notes(run: Run) -> dict[str, str]:
-    return {
-        "epic_ray": epic_ray.__version__,
+    notes = {
+        "version": epic_ray.__version__,
         "architecture": run.config.model.architecture,
         "weights": run.config.model.weights.rsplit("/", 1)[-1],
         "rows": "channels",
         "columns": "features of the classifier's last map",
     }
+    return {"epic_ray": json.dumps(notes)}  # one key: the file's bytes would follow the order of several
 
 
 def _basis_card(run: Run, error: float) -> str:

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from epic_ray.config import RunConfig, build_config
 from epic_ray.demo import DIGIT_PREPROCESSING
+
+torch.set_num_threads(1)  # threads that wait for one another on a busy machine turn milliseconds into seconds
 
 CLASSES = ("blue", "green", "red")
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
@@ -76,28 +79,29 @@ def patches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_patches(tmp_path_factory.mktemp("patches"), {"train": 30, "val": 15})
 
 
+def small_settings(images: Path, output: Path, **sections: Any) -> RunConfig:
+    """The settings of a run that takes seconds; sections are merged over these."""
+    values: dict[str, Any] = {
+        "name": "small",
+        "model": {
+            "architecture": "epic_ray.demo:digit_net",
+            "source": "factory",
+            "weights": "random",
+            "arguments": {"class_count": 3},
+            "preprocessing": DIGIT_PREPROCESSING,
+        },
+        "data": {"root": str(images)},
+        "features": {"unit_size": 32},
+        "fit": {"prototypes_per_channel": {"start": 12, "end": 5, "rounds": 3}},
+        "resources": {"batch_size": 16, "device": "cpu", "gpus_per_actor": 0, "threads_per_actor": 1},
+        "output": {"root": str(output)},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return build_config(values, "test")
+
+
 @pytest.fixture
 def settings(patches: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Makes the settings of a small run; sections are merged over these."""
-
-    def make(**sections: Any) -> RunConfig:
-        values: dict[str, Any] = {
-            "name": "small",
-            "model": {
-                "architecture": "epic_ray.demo:digit_net",
-                "source": "factory",
-                "weights": "random",
-                "class_count": 3,
-                "preprocessing": DIGIT_PREPROCESSING,
-            },
-            "data": {"root": str(patches)},
-            "features": {"unit_size": 32},
-            "fit": {"prototypes_per_channel": {"start": 12, "end": 5, "rounds": 3}},
-            "resources": {"batch_size": 16, "device": "cpu", "gpus_per_actor": 0, "threads_per_actor": 1},
-            "output": {"root": str(tmp_path / "runs")},
-        }
-        for name, section in sections.items():
-            values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
-        return build_config(values, "test")
-
-    return make
+    """Makes the settings of a small run over the patches: see `small_settings`."""
+    return lambda **sections: small_settings(patches, tmp_path / "runs", **sections)

@@ -46,7 +46,7 @@ __all__ = [
 # which no prototype says anything.
 _PROXIMITY = 1e-3
 # Pairs whose peak vectors are gathered at once.
-_PAIR_ROWS = 16384
+_PAIR_ROWS = 8192
 
 MapBlock = tuple[Float[Tensor, "_ s d"], Int[Tensor, "_"], Int[Tensor, "_"]]
 
@@ -128,7 +128,7 @@ class RoundRecord:
 
     round: from 0. prototypes_per_channel: n of the round. images: distinct images among the prototypes.
     purity_start, purity_end: mean purity over all channels' prototypes of this round, under the U it began with
-        and the U it ended with (`fit_procrustes`: with the cells of the last update held fixed).
+        and the U it ended with (`fit_procrustes`: at the cells it was fitted to).
     steps: updates of U. loss: mean training loss of the last epoch; None for the closed form.
     moved: mean over channels of 1 - |cosine| between a channel's row of U before and after.
     """
@@ -171,14 +171,12 @@ def fit_procrustes(
     schedule: Sequence[int],
     reducer: Reducer,
     on_round: OnRound,
-    *,
-    updates_per_round: int = 1,
 ) -> FitState:
-    """Fit U in closed form: each update sets U to the orthogonal matrix nearest to M + 0.001 U (ours).
+    """Fit U in closed form: each round sets U to the orthogonal matrix nearest to M + 0.001 U (ours).
 
-    For fixed prototypes and cells no update lowers the mean purity. The small term keeps the rows of channels
+    For fixed prototypes and cells no round lowers the mean purity. The small term keeps the rows of channels
     without any non-zero prototype where they are, as far as orthogonality lets them, and costs nothing of that
-    guarantee. Across workers only M and two numbers are summed; rank 0 decomposes M and broadcasts U.
+    guarantee. Across workers only M and its counts are summed; rank 0 decomposes M and broadcasts U.
 
     Args:
         source: where prototypes and maps come from.
@@ -186,24 +184,17 @@ def fit_procrustes(
         schedule: prototypes per channel of each round, of all rounds, also those done.
         reducer: who else takes part.
         on_round: called after each round with the state to resume from and the round's record.
-        updates_per_round: updates of U for one selection of prototypes; each finds the peak cells anew.
 
     Raises:
         NonFiniteError: a feature map is not finite.
-        ValueError: no update per round.
     """
-    if updates_per_round < 1:
-        raise ValueError(f"a round has at least one update, not {updates_per_round}")
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        basis = state.basis
-        purities = []
-        for step in range(updates_per_round):
-            directions, purity = _peak_directions(source, top, basis, reducer)
-            _demand_finite(directions, number, step)
-            basis = _nearest_basis(directions + _PROXIMITY * basis, reducer)
-            purities += [purity, float((basis * directions).sum()) / len(basis)]
-        record = _record(number, top, (state.basis, basis), (purities[0], purities[-1]), steps=updates_per_round)
+        directions, purity_start = _peak_directions(source, top, state.basis, reducer)
+        _demand_finite(directions, number, 0)
+        basis = _nearest_basis(directions + _PROXIMITY * state.basis, reducer)
+        purity_end = float((basis * directions).sum()) / len(basis)
+        record = _record(number, top, (state.basis, basis), (purity_start, purity_end), steps=1)
         state = FitState(number + 1, basis, state.start)
         on_round(state, record)
     return state
@@ -325,16 +316,17 @@ def _peak_directions(
     source: MapSource, top: TopN, basis: Tensor, reducer: Reducer
 ) -> tuple[Float[Tensor, "d d"], float]:
     """M, row k the mean of z / |z| at the peaks of channel k's prototypes, and the mean purity tr(U M^T) / D."""
-    sums, counts = torch.zeros_like(basis), torch.zeros_like(basis[0])
+    # float64: the sum may not depend on how the images are shared out, and U answers to its last bits
+    sums, counts = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
     for maps_BSD, image_slots, channels in source.blocks(top):
         peaks = find_peaks_grouped(maps_BSD, image_slots, channels, basis)
         counts += torch.bincount(channels, minlength=len(basis))
         for rows in torch.arange(len(channels), device=channels.device).split(_PAIR_ROWS):
             part = Peaks(peaks.cells[rows], peaks.purity[rows], peaks.value[rows])
-            sums.index_add_(0, channels[rows], unit_peak_vectors(maps_BSD, image_slots[rows], part))
+            sums.index_add_(0, channels[rows], unit_peak_vectors(maps_BSD, image_slots[rows], part).double())
     reducer.sum_(sums)
     reducer.sum_(counts)
-    directions = sums / counts.clamp(min=1).unsqueeze(1)
+    directions = (sums / counts.clamp(min=1).unsqueeze(1)).to(basis.dtype)
     return directions, float((basis * directions).sum()) / len(basis)
 
 

@@ -281,7 +281,7 @@ class _Norm:
         rms = func is functional.rms_norm
         eps = given.get("eps", None if rms else 1e-5)
         return _Norm(
-            input=given["input"].clone() if given["input"].ndim <= 2 else given["input"],
+            input=given["input"],
             weight=given.get("weight"),
             bias=given.get("bias"),
             eps=torch.finfo(given["input"].dtype).eps if eps is None else eps,

@@ -35,9 +35,12 @@ class TopN:
     indices: Int[Tensor, "d n"]
 
     @classmethod
-    def empty(cls, d: int, n: int) -> "TopN":
+    def empty(cls, d: int, n: int, device: torch.device | str = "cpu") -> "TopN":
         """No image yet, for d channels."""
-        return cls(torch.full((d, n), -torch.inf), torch.full((d, n), -1, dtype=torch.int64))
+        return cls(
+            torch.full((d, n), -torch.inf, device=device),
+            torch.full((d, n), -1, dtype=torch.int64, device=device),
+        )
 
     @property
     def count(self) -> Int[Tensor, "d"]:
@@ -67,7 +70,7 @@ def top_n(scores_ND: Float[Tensor, "n_images d"], indices: Int[Tensor, "n_images
     if n < 1:
         raise ValueError(f"top_n keeps at least one image per channel, not {n}")
     scores_DN = scores_ND.T.contiguous()
-    d, rows = scores_DN.shape
+    rows = scores_DN.shape[1]
     kept = min(n, rows)
     # One more than is kept shows whether the cut falls among equal scores.
     values, positions = scores_DN.topk(min(n + 1, rows), dim=1)
@@ -93,7 +96,7 @@ def search(blocks: Iterable[Block], basis: Float[Tensor, "d d"], n: int, sign: i
     if sign not in (+1, -1):
         raise ValueError(f"sign is +1 or -1, not {sign}")
     signed_basis = sign * basis
-    best = TopN.empty(len(basis), n)
+    best = TopN.empty(len(basis), n, basis.device)
     for indices, pooled in _regroup(blocks, _BLOCK_ROWS):
         pooled = pooled.to(signed_basis)
         scores_DN = signed_basis @ pooled.T
@@ -106,10 +109,10 @@ def search(blocks: Iterable[Block], basis: Float[Tensor, "d d"], n: int, sign: i
 
 def _padded(top: TopN, n: int) -> TopN:
     """The same with unused slots up to n columns."""
-    spare = TopN.empty(len(top.values), n - top.values.shape[1])
+    spare = TopN.empty(len(top.values), n - top.values.shape[1], top.values.device)
     return TopN(
-        torch.cat([top.values, spare.values.to(top.values)], dim=1),
-        torch.cat([top.indices, spare.indices.to(top.indices)], dim=1),
+        torch.cat([top.values, spare.values.to(top.values.dtype)], dim=1),
+        torch.cat([top.indices, spare.indices], dim=1),
     )
 
 

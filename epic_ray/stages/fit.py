@@ -44,6 +44,7 @@ from epic_ray.stages.resources import Resources, first_cause, peak_memory_bytes,
 from epic_ray.stages.search import pooled_blocks, search_files
 
 _POLL_SECONDS = 0.5
+_QUARTIMAX_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class _Worker:
         if self.config.start == "identity":
             return torch.eye(self.source.channel_count, device=self.device)
         return quartimax_start(
-            self.source.own_pooled, self.source.channel_count, QUARTIMAX_ITERATIONS, self.reducer, device=self.device
+            self.source.own_pooled, self.source.channel_count, _QUARTIMAX_ITERATIONS, self.reducer, device=self.device
         )
 
     def _resume(self) -> FitState | None:
@@ -238,6 +239,7 @@ class _Worker:
         )
 
     def _on_round(self, state: FitState, record: RoundRecord) -> None:
+        self._demand_equal_ranks(state.basis)
         counts = self.source.counts()
         facts = asdict(record)
         self.history.append(
@@ -254,7 +256,15 @@ class _Worker:
             dist.barrier()
 
 
-QUARTIMAX_ITERATIONS = 10
+    def _demand_equal_ranks(self, basis: torch.Tensor) -> None:
+        """Every worker must hold the same U, to the last bit: they would drift apart unseen otherwise."""
+        if self.reducer.world == 1:
+            return
+        largest, smallest = basis.clone(), basis.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        if not torch.equal(largest, smallest):
+            raise RunFailed("fit: the workers' bases differ; all must run the same torch on the same kind of processor")
 
 
 class StoredMaps:

@@ -1,7 +1,8 @@
 """One pass over images: decode on CPU tasks, then an actor with the classifier; a whole unit at a time.
 
-A unit is a fixed slice of a split's manifest, one block of Ray Data from end to end. Its batches are fixed, so a unit
-that is computed again is computed equal; the actor publishes a unit's files itself, the one that commits it last.
+A unit is a fixed slice of a split's manifest and one row of Ray Data from end to end, so that nothing can cut or join
+it on the way. Its batches are fixed, so a unit that is computed again is computed equal; the actor publishes a unit's
+files itself, the one that commits it last.
 """
 
 import gc
@@ -22,7 +23,7 @@ from epic_ray.method.preprocessing import ImageError, Preprocessing, decode_imag
 from epic_ray.run_dir import RunDir, table_folder
 from epic_ray.stages.images import read_image_bytes
 from epic_ray.stages.loading import load
-from epic_ray.stages.resources import MIB, Resources, first_cause, peak_memory_bytes, take_device
+from epic_ray.stages.resources import Resources, first_cause, peak_memory_bytes, take_device
 from epic_ray.tables import read_metadata, to_numpy
 
 FINGERPRINT_KEY = "epic_ray.fingerprint"
@@ -78,26 +79,35 @@ def committed_units(run_dir: RunDir, table: str, split: str, fingerprint: str) -
     return committed
 
 
+def pack(table: pa.Table) -> pa.Table:
+    """A table as one row of another: its Arrow stream in the column `packed`."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    content = sink.getvalue()
+    offsets = pa.py_buffer(np.array([0, content.size], np.int64).tobytes())
+    return pa.table({"packed": pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, content])})
+
+
+def unpack(row: pa.Table) -> pa.Table:
+    """The table that `pack` packed; its columns lie in the row's own memory."""
+    if row.num_rows != 1:
+        raise RuntimeError(f"a block holds {row.num_rows} units: Ray Data joined blocks")
+    return pa.ipc.open_stream(row["packed"].chunk(0)[0].as_buffer()).read_all()
+
+
 class DecodeUnit:
-    """Adds to a unit's rows the decoded image (uint8), its status and its original size."""
+    """Adds to a unit's rows the decoded image (uint8), the reason where there is none, and its original size."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self._preprocessing = preprocessing
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def __call__(self, packed: pa.Table) -> pa.Table:
+        rows = unpack(packed)
         height, width = self._preprocessing.crop
         pixels = np.zeros((rows.num_rows, height, width, 3), dtype=np.uint8)
-        reasons: list[str | None] = []
         sizes = np.zeros((rows.num_rows, 2), dtype=np.int32)
-        for row, uri in enumerate(rows["uri"].to_pylist()):
-            reason = None
-            try:
-                image = decode_image(read_image_bytes(uri))
-                sizes[row] = image.size
-                pixels[row] = self._preprocessing.apply(image)
-            except (ImageError, OSError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-            reasons.append(reason)
+        reasons = [self._decode(uri, pixels, sizes, row) for row, uri in enumerate(rows["uri"].to_pylist())]
         columns = {
             "reason": pa.array(reasons, pa.string()),
             "width_px": pa.array(sizes[:, 0]),
@@ -106,7 +116,16 @@ class DecodeUnit:
         }
         for name, values in columns.items():
             rows = rows.append_column(name, values)
-        return rows
+        return pack(rows)
+
+    def _decode(self, uri: str, pixels: np.ndarray, sizes: np.ndarray, row: int) -> str | None:
+        try:
+            image = decode_image(read_image_bytes(uri))
+            sizes[row] = image.size
+            pixels[row] = self._preprocessing.apply(image)
+        except (ImageError, OSError) as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return None
 
 
 @dataclass
@@ -122,17 +141,13 @@ class Unit:
 
     @classmethod
     def of(cls, block: pa.Table) -> "Unit":
-        numbers, splits = set(block["unit"].to_pylist()), set(block["split"].to_pylist())
-        if len(numbers) != 1 or len(splits) != 1:
-            raise RuntimeError(f"a block holds the units {numbers} of {splits}: Ray Data cut or joined blocks")
-        sizes = np.stack([to_numpy(block["width_px"]), to_numpy(block["height_px"])], axis=1)
         return cls(
-            splits.pop(),
-            numbers.pop(),
+            block["split"][0].as_py(),
+            block["unit"][0].as_py(),
             block,
             to_numpy(block[_IMAGE_COLUMN]),
             block["reason"].to_pylist(),
-            sizes,
+            np.stack([to_numpy(block["width_px"]), to_numpy(block["height_px"])], axis=1),
         )
 
     @property
@@ -175,8 +190,8 @@ class UnitActor:
             self.forwarded += len(chosen)
             yield slice(start, start + len(chosen)), maps[: len(chosen)], logits[: len(chosen)]
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        unit = Unit.of(block)
+    def __call__(self, row: pa.Table) -> pa.Table:
+        unit = Unit.of(unpack(row))
         readable, self.forwarded = unit.readable, 0
         proof = self.commit(unit, readable)
         return pa.table(
@@ -212,18 +227,16 @@ def run_pass(
     totals = PassTotals()
     if not units:
         return totals
-    image_bytes = preprocessing.crop[0] * preprocessing.crop[1] * 3
     context = rd.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = max(128 * MIB, 2 * image_bytes * max(unit.num_rows for unit in units))
-    dataset = rd.from_arrow(units).map_batches(
-        DecodeUnit(preprocessing).__call__, batch_size=None, batch_format="pyarrow", num_cpus=1
+    dataset = rd.from_arrow([pack(unit) for unit in units]).map_batches(
+        DecodeUnit(preprocessing).__call__, batch_size=1, batch_format="pyarrow", num_cpus=1
     )
     on_gpu = resources.gpus_per_actor > 0
     dataset = dataset.map_batches(
         actor,
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
         compute=rd.ActorPoolStrategy(min_size=1, max_size=min(resources.feature_actors, len(units))),
         num_gpus=resources.gpus_per_actor if on_gpu else None,

@@ -1,6 +1,7 @@
 """Top-n images of every channel, from the feature files alone: no image is read."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import ray
 import torch
@@ -32,8 +33,9 @@ def search_split(run_dir: RunDir, files: Sequence[str], basis: torch.Tensor, n: 
     groups = [files[start : start + _FILES_PER_TASK] for start in range(0, len(files), _FILES_PER_TASK)]
     if len(groups) <= 1:
         return search_files(run_dir, files, basis, n, sign)
-    task, shared = ray.remote(search_files), ray.put(basis)
-    pending = [task.options(num_cpus=1).remote(run_dir, group, shared, n, sign) for group in groups]
+    task: Any = ray.remote(num_cpus=1)(search_files)
+    shared = ray.put(basis)
+    pending = [task.remote(run_dir, group, shared, n, sign) for group in groups]
     best = TopN.empty(len(basis), n)
     try:
         for reference in pending:

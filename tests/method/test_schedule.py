@@ -39,6 +39,8 @@ def test_a_schedule_starts_at_start_never_rises_and_ends_where_it_says(ends, rou
 
 def test_whole_steps_stay_whole():
     assert prototypes_per_round(100, 10, 10, "linear", exact_end=True) == tuple(range(100, 9, -10))
+    # 78 - 77 * 9 / 11 is 15, and 14.999999999999993 in floating point
+    assert prototypes_per_round(78, 1, 11, "linear", exact_end=False)[9] == 15
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,15 @@ ALONE = SingleProcess()
 ADAM = {"seed": 7, "batch_size": 16}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Matrices this small gain nothing from threads and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def rectified_maps(n=60, s=9, d=6, seed=0):
     """Feature maps as a network's last ReLU leaves them: sparse, non-negative."""
     return torch.randn(n, s, d, generator=torch.Generator().manual_seed(seed)).relu()
@@ -75,7 +84,7 @@ class FixedPrototypes(ArraySource):
 
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 20), d=st.integers(2, 8), signed=st.booleans())
 @settings(deadline=None, max_examples=40)
-def test_for_fixed_prototypes_an_update_never_lowers_the_purity_it_started_from(seed, n, d, signed):
+def test_for_fixed_prototypes_a_round_never_lowers_the_purity_it_started_from(seed, n, d, signed):
     maps = torch.randn(30, 4, d, generator=torch.Generator().manual_seed(seed))
     maps = maps if signed else maps.relu()
     records = []
@@ -96,16 +105,6 @@ def test_concepts_mixed_by_a_rotation_are_separated():
     assert mean_purity(maps, state.basis, 20) > 0.99
     assert ((state.basis @ rotation.T).max(dim=1).values > 0.99).all()
     assert [record.prototypes_per_channel for _, record in rounds][-1] == 20
-
-
-def test_several_updates_in_a_round_equal_rounds_with_the_same_prototypes():
-    maps = rectified_maps()
-    together, rounds = fit(fit_procrustes, maps, [10], updates_per_round=3)
-    apart = fit_procrustes(
-        FixedPrototypes(maps), FitState.begin(torch.eye(6)), [10] * 3, ALONE, lambda state, record: None
-    )
-    assert rounds[0][1].steps == 3
-    assert torch.equal(together.basis, apart.basis)
 
 
 def test_images_without_any_activation_leave_the_basis_where_it_was():
@@ -340,11 +339,6 @@ def test_several_workers_without_averaged_gradients_are_refused():
     reducer = Together(0, 2, {})
     with pytest.raises(ValueError, match="wrap"):
         fit_adam(ArraySource(rectified_maps()), FitState.begin(torch.eye(6)), [4], reducer, lambda s, r: None, seed=0)
-
-
-def test_a_round_without_updates_is_refused():
-    with pytest.raises(ValueError, match="at least one update"):
-        fit(fit_procrustes, rectified_maps(), [4], updates_per_round=0)
 
 
 # Starts

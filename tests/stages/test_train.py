@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 import torch
+from conftest import small_settings
 from PIL import Image
 
 from epic_ray import pipeline
@@ -13,7 +14,7 @@ from epic_ray.config import RunConfig
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.loading import load
-from epic_ray.tables import TABLES, read_table
+from epic_ray.tables import TABLES
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -52,37 +53,203 @@ def loop_over_images(config: RunConfig, split: str) -> tuple[list[str], torch.Te
     return [file.relative_to(root).as_posix() for file in files], torch.cat(maps), torch.cat(logits)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def undisturbed(patches, tmp_path_factory, ray_session) -> tuple[dict, RunDir]:
+    """One run that the others are held against: one feature actor, one fitting process, all maps kept."""
+    return run_once(small_settings(patches, tmp_path_factory.mktemp("undisturbed")))
+
+
 @pytest.mark.parametrize("batch_size", [7, 64, 512])
 def test_prototypes_equal_a_brute_force_loop(settings, batch_size):
     """Ids and order, with repeated images (ties) and 90 images in batches that do not divide them."""
     config = settings(name=f"batch-{batch_size}", resources={"batch_size": batch_size}, prototypes={"per_channel": 20})
     _, run_dir = run_once(config)
     ids, maps, _ = loop_over_images(config, "train")
+    pooled = torch.tensor(np.stack([row["pooled"] for row in all_rows(run_dir, "features") if row["split"] == "train"]))
+    assert (pooled - maps.mean(dim=1)).abs().max() < 1e-5
+    rows = all_rows(run_dir, "prototypes")
+    ties = 0
     for basis_name, basis in (("before", torch.eye(maps.shape[2])), ("after", pipeline.read_basis(run_dir))):
-        rotated = torch.einsum("nsd,kd->nsk", maps, basis)
         for sign_name, sign in (("positive", 1), ("negative", -1)):
-            table = [
-                row
-                for row in all_rows(run_dir, "prototypes")
-                if (row["basis"], row["sign"]) == (basis_name, sign_name)
-            ]
             for channel in range(maps.shape[2]):
-                mean = sign * rotated[:, :, channel].mean(dim=1)
-                rows = [row for row in table if row["channel"] == channel]
-                assert [row["rank"] for row in rows] == list(range(1, 21))
-                found = [ids.index(row["image_id"]) for row in rows]
-                values = mean[found]
-                # the run's order is right, and nothing better was left out; what is equal goes by position
-                assert (values[:-1] - values[1:] >= -2e-6).all()
-                rest = mean[[n for n in range(len(ids)) if n not in found]]
-                assert rest.max() <= values[-1] + 2e-6
-                order = sorted(range(len(ids)), key=lambda n: (-round(float(mean[n]), 5), n))[:20]
-                if len({round(float(value), 5) for value in mean}) == len(mean):
-                    assert found == order
-                for row, n in zip(rows, found, strict=True):
-                    cell = int((sign * rotated[n, :, channel]).argmax())
+                values = [sign * float(v.double() @ basis[channel].double()) for v in pooled]
+                order = sorted(range(len(ids)), key=lambda n: (-np.float32(values[n]), n))[:20]
+                ties += len(order) - len({np.float32(values[n]) for n in order})
+                key = (basis_name, sign_name, channel)
+                found = [row for row in rows if (row["basis"], row["sign"], row["channel"]) == key]
+                assert [row["rank"] for row in found] == list(range(1, 21))
+                assert [row["image_id"] for row in found] == [ids[n] for n in order]
+                for row, n in zip(found, order, strict=True):
+                    cell = int((sign * (maps[n] @ basis[channel])).argmax())
                     z = maps[n, cell]
                     purity = float(sign * (z @ basis[channel]) / z.norm()) if z.norm() > 0 else 0.0
                     assert row["purity"] == pytest.approx(purity, abs=1e-5)
-                    assert row["value"] == pytest.approx(float(sign * mean[n]), abs=1e-5)
+                    assert row["value"] == pytest.approx(sign * values[n], abs=1e-6)
+                    assert row["cell_row"] * 8 + row["cell_col"] == cell or purity == pytest.approx(
+                        float(sign * (maps[n, row["cell_row"] * 8 + row["cell_col"]] @ basis[channel]) / z.norm()),
+                        abs=1e-5,
+                    )
+    assert ties > 20
+
+
+def test_two_runs_of_one_configuration_give_identical_tables(settings, undisturbed):
+    _, run_dir = run_once(settings())
+    assert tables_of(run_dir) == tables_of(undisturbed[1])
+    assert run_dir.read_bytes("basis/basis.safetensors") == undisturbed[1].read_bytes("basis/basis.safetensors")
+
+
+def test_two_feature_actors_on_two_gpus_give_the_tables_of_one(settings, undisturbed):
+    record, run_dir = run_once(settings(resources={"feature_actors": 2, "gpus_per_actor": 1}))
+    assert record["resources"]["feature_actors"] == 2
+    assert tables_of(run_dir) == tables_of(undisturbed[1])
+
+
+def test_another_batch_size_changes_no_prototype(settings, undisturbed):
+    """Features may differ in the last bits; which images show a channel may not."""
+    _, run_dir = run_once(settings(resources={"batch_size": 5}, features={"unit_size": 17}))
+    for mine, theirs in zip(all_rows(run_dir, "features"), all_rows(undisturbed[1], "features"), strict=True):
+        assert mine["image_id"] == theirs["image_id"]
+        assert np.allclose(mine["pooled"], theirs["pooled"], atol=1e-5)
+
+
+def test_each_image_is_decoded_and_forwarded_once_when_the_maps_fit(undisturbed):
+    record, _ = undisturbed
+    assert record["maps_kept"]
+    counts = record["counts"]
+    assert counts["images"] == counts["decoded"] == counts["forwarded"] == 135
+    assert counts["total"]["forwarded"] == 135
+
+
+def test_without_room_for_maps_only_chosen_images_are_forwarded_again(settings, undisturbed):
+    record, run_dir = run_once(settings(features={"map_budget_bytes": 0}, prototypes={"per_channel": 3}))
+    assert not record["maps_kept"]
+    stored = run_dir.list("maps")
+    assert stored
+    assert not [file for file in stored if "unit-" in file]
+    rows = ds.dataset([run_dir.path(file) for file in stored], format="ipc").to_table(columns=["position"]).num_rows
+    assert record["counts"]["forwarded"] == record["counts"]["decoded"] == 135 + rows
+    per_split = {split: len({file for file in stored if f"/{split}/" in file}) for split in ("train", "val")}
+    assert all(per_split.values())
+    # each chosen image once: no position stands in two files of a split
+    for split, images in (("train", 90), ("val", 45)):
+        files = [run_dir.path(file) for file in stored if f"/{split}/" in file]
+        positions = ds.dataset(files, format="ipc").to_table(columns=["position"])["position"].to_pylist()
+        assert len(positions) == len(set(positions)) <= images
+    # the forwarded again are the chosen of the rounds, and the fit does not change by it
+    history = all_rows(run_dir, "history")
+    assert history[0]["new_images"] == history[0]["images"] > 0
+    assert sum(row["new_images"] for row in history) <= 90
+    difference = pipeline.read_basis(run_dir) - pipeline.read_basis(undisturbed[1])
+    assert difference.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("solver", ["procrustes", "adam"])
+def test_a_fit_with_two_workers_equals_one_process(settings, solver):
+    adam = {"batch_size": 64, "learning_rate": 1e-2}
+    fit = {"solver": solver, "adam": adam, "prototypes_per_channel": {"start": 12, "end": 5, "rounds": 2}}
+    alone, run_alone = run_once(settings(name="alone", fit=fit | {"workers": 0}))
+    together, run_together = run_once(settings(name="together", fit=fit | {"workers": 2}))
+    difference = pipeline.read_basis(run_alone) - pipeline.read_basis(run_together)
+    assert difference.abs().max() <= 1e-5
+    assert (pipeline.read_basis(run_alone) - torch.eye(40)).abs().max() > 1e-2  # something was fitted
+    for record in (alone, together):
+        assert record["basis"]["orthogonality_error"] <= 1e-5
+
+
+def test_the_run_record_says_what_a_plain_loop_finds(undisturbed):
+    record, run_dir = undisturbed
+    config = pipeline.read_config(run_dir)
+    classifier = load(config.model)
+    basis = pipeline.read_basis(run_dir)
+    ids, maps, logits = loop_over_images(config, "val")
+    rebuilt = (maps.mean(dim=1) @ basis.T) @ (classifier.weight @ basis.T).T + classifier.bias
+    labels = torch.tensor([("blue", "green", "red").index(name.split("/")[1]) for name in ids])
+    assert record["backbone_top1"]["val"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert record["top1"]["val"] == record["backbone_top1"]["val"]
+    assert record["logits"]["images"] == 45
+    assert record["logits"]["top1_agreement"] == 1.0
+    assert record["logits"]["max_abs_difference"] <= 1e-4
+    assert record["logits"]["max_abs_difference"] == pytest.approx(float((rebuilt - logits).abs().max()), abs=2e-6)
+    by_id = {row["image_id"]: row for row in all_rows(run_dir, "images")}
+    for name, own in zip(ids, logits, strict=True):
+        assert by_id[name]["predicted"] == int(own.argmax())
+        assert by_id[name]["logit"] == pytest.approx(float(own.max()), abs=1e-5)
+    # purity, held out: the top 5 of each channel chosen anew among the held-out images
+    rotated = torch.einsum("nsd,kd->nsk", maps, basis)
+    purity = []
+    for channel in range(len(basis)):
+        top = rotated[:, :, channel].mean(dim=1).topk(5).indices
+        cells = rotated[top, :, channel].argmax(dim=1)
+        z = maps[top, cells]
+        purity.append(float(((z @ basis[channel]) / z.norm(dim=1).clamp(min=1e-12)).mean()))
+    assert record["purity"]["after"]["val"]["at_5"] == pytest.approx(float(np.mean(purity)), abs=1e-4)
+    assert record["purity"]["after"]["train"]["at_5"] > record["purity"]["before"]["train"]["at_5"]
+
+
+def test_a_second_start_reuses_every_stage_and_forwards_nothing(settings):
+    config = settings()
+    run_once(config)
+    told: list[str] = []
+
+    class Listener(Reporter):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    record = pipeline.train(config, Listener())
+    assert [text for text in told if text.endswith("reused")] == [
+        f"{stage}: reused" for stage in ("images", "features", "fit", "prototypes")
+    ]
+    assert record["counts"]["forwarded"] == 0
+    assert record["counts"]["total"]["forwarded"] == 135
+
+
+def test_a_killed_pass_and_a_killed_fit_go_on_where_they_stopped(settings, undisturbed):
+    """Unit files and rounds that were committed are kept; the rest is made again, and the tables come out equal."""
+    config = settings()
+    _, run_dir = run_once(config)
+    lost = run_dir.list("tables/images/train")[1:] + run_dir.list("tables/images/val")[:1]
+    run_dir.delete(lost)
+    run_dir.delete(["fit/round-003.pt"])
+    for stage in ("features", "fit", "prototypes"):
+        run_dir.drop_mark(stage)
+    record, _ = run_once(config)
+    assert record["counts"]["forwarded"] == 58 + 32
+    assert tables_of(run_dir) == tables_of(undisturbed[1])
+
+
+def test_a_torn_unit_file_is_made_again(settings, undisturbed):
+    config = settings()
+    _, run_dir = run_once(config)
+    victim = Path(run_dir.path(run_dir.list("tables/images/train")[0]))
+    victim.write_bytes(victim.read_bytes()[:100])
+    run_dir.drop_mark("features")
+    record, _ = run_once(config)
+    assert record["counts"]["forwarded"] == 32
+    assert tables_of(run_dir) == tables_of(undisturbed[1])
+
+
+def test_pandas_polars_and_duckdb_read_every_table(undisturbed):
+    import duckdb
+    import pandas
+    import polars
+
+    _, run_dir = undisturbed
+    for name in sorted({file.split("/")[1] for file in run_dir.list("tables")}):
+        files = [run_dir.path(file) for file in run_dir.list(f"tables/{name}")]
+        count = len(all_rows(run_dir, name))
+        assert sum(len(pandas.read_parquet(file)) for file in files) == count
+        assert sum(polars.read_parquet(file).height for file in files) == count
+        assert duckdb.sql(f"select count(*) from read_parquet({files}, union_by_name = true)").fetchall() == [(count,)]
+    boxes = polars.read_parquet(run_dir.path("tables/prototypes/prototypes.parquet"))["box_xyxy_px"].to_numpy()
+    assert boxes.shape[1:] == (4,)
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+
+
+def test_the_fitted_channels_stand_in_the_history(undisturbed):
+    record, run_dir = undisturbed
+    history = all_rows(run_dir, "history")
+    assert [row["round"] for row in history] == [1, 2, 3]
+    assert [row["prototypes_per_channel"] for row in history][::2] == [12, 5]
+    assert all(row["purity_end"] >= row["purity_start"] - 1e-6 for row in history)
+    assert all(row["orthogonality_error"] <= 1e-5 for row in history)
+    assert record["basis"]["orthogonality_error"] <= 1e-5
