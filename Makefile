@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own; only installing needs a package index.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

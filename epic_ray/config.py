@@ -215,13 +215,21 @@ class RunConfig(Section):
     method: Literal["epic"] = "epic"
     """The explanation method."""
     model: ModelConfig
+    """The classifier to explain."""
     data: DataConfig
+    """Its images."""
     features: FeaturesConfig = FeaturesConfig()
+    """The one pass over the images."""
     fit: FitConfig = FitConfig()
+    """The rounds."""
     prototypes: PrototypesConfig = PrototypesConfig()
+    """What is kept of each channel."""
     explain: ExplainConfig = ExplainConfig()
+    """What is shown of each image."""
     resources: ResourcesConfig = ResourcesConfig()
+    """What the run may use."""
     output: OutputConfig = OutputConfig()
+    """Where the run is written."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -34,7 +35,14 @@ from epic_ray.stages.resources import Resources, peak_memory_bytes, resolve_reso
 from epic_ray.tables import build_table, write_table
 
 # Settings that decide where and how fast, but not what: a run may be continued with others.
-_FREE_SETTINGS = ("resources.feature_actors", "resources.gpus_per_actor", "fit.workers", "explain.", "output.")
+_FREE_SETTINGS = (
+    "data.max_failed_fraction",
+    "resources.feature_actors",
+    "resources.gpus_per_actor",
+    "fit.workers",
+    "explain.",
+    "output.",
+)
 
 
 @dataclass
@@ -123,10 +131,15 @@ def _demand_same_settings(config: RunConfig, run_dir: RunDir, force: bool) -> No
 
 
 def read_config(run_dir: RunDir) -> RunConfig:
-    """The settings that a run was made with."""
+    """The settings that a run was made with. Raises ResultError for a file that is no YAML, ConfigError for others."""
     import yaml
 
-    return build_config(yaml.safe_load(run_dir.read_bytes(CONFIG)), run_dir.show(CONFIG))
+    where = run_dir.show(CONFIG)
+    try:
+        values = yaml.safe_load(run_dir.read_bytes(CONFIG))
+    except yaml.YAMLError as error:
+        raise ResultError(f"{where}: is no YAML ({error}); remove it and run again") from None
+    return build_config(values, where)
 
 
 def train(config: RunConfig, reporter: Reporter, force: bool = False, local: bool = True) -> dict[str, Any]:
@@ -141,6 +154,10 @@ def train(config: RunConfig, reporter: Reporter, force: bool = False, local: boo
     marks = {
         "images": run.stage("images", made_from["images"], lambda: _images(run)),
         "features": run.stage("features", made_from["features"], lambda: _features(run, resources, made_from)),
+    }
+    # of a reused pass too: the limit may have changed since
+    features.check_failures(run.run_dir, list(run.manifests), run.config.data.max_failed_fraction)
+    marks |= {
         "fit": run.stage("fit", made_from["fit"], lambda: _fit(run, resources, made_from)),
         "prototypes": run.stage("prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, made_from)),
     }
@@ -174,6 +191,7 @@ def _images(run: Run) -> dict[str, Any]:
 def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
     units = []
     for split, manifest in run.manifests.items():
+        committed_units(run.run_dir, "features", split, made_from["features"])  # removes those of other settings
         done = committed_units(run.run_dir, "images", split, made_from["features"])
         units += [
             unit for number, unit in enumerate(cut_units(manifest, run.config.features.unit_size)) if number not in done
@@ -188,7 +206,7 @@ def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict
     preprocessing = run.classifier.preprocessing
     totals = run_pass("features", features.FeatureActor, arguments, units, preprocessing, resources, run.reporter)
     run.count(totals.decoded, totals.forwarded)
-    reasons = features.check_failures(run.run_dir, list(run.manifests), run.config.data.max_failed_fraction)
+    reasons = features.count_failures(run.run_dir, list(run.manifests))
     rows = sum(table.num_rows for table in run.manifests.values())
     return {
         "rows": rows,
@@ -260,7 +278,10 @@ def _prototypes(run: Run, resources: Resources, made_from: dict[str, str]) -> di
 
 def read_basis(run_dir: RunDir) -> torch.Tensor:
     """U of a finished fit, (channel, feature)."""
-    tensors = load_tensors(run_dir.read_bytes(BASIS))
+    try:
+        tensors = load_tensors(run_dir.read_bytes(BASIS))
+    except SafetensorError as error:
+        raise ResultError(f"{run_dir.show(BASIS)}: cannot be read ({error}); run the fit again") from None
     if "U" not in tensors:
         raise ResultError(f"{run_dir.show(BASIS)}: holds no `U`; run the fit again")
     return tensors["U"]

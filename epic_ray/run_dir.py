@@ -212,13 +212,21 @@ def find_run(run: str | None, output_root: str) -> RunDir:
             f"{run}: no run there (a folder with {CONFIG}); `epic-ray train` makes one under {output_root}/"
         )
     filesystem, base = open_filesystem(resolve_root(output_root))
-    selector = fs.FileSelector(base, allow_not_found=True)
-    folders = [
-        RunDir(f"{output_root}/{info.base_name}")
-        for info in filesystem.get_file_info(selector)
-        if info.type == fs.FileType.Directory
-    ]
-    finished = [(folder.read_json(RUN)["finished_at"], folder.name, folder) for folder in folders if folder.exists(RUN)]
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+    except OSError as error:
+        raise ConfigError(
+            f"{output_root}: cannot be searched for runs ({error}); name the folder that holds them"
+        ) from None
+    folders = [RunDir(f"{output_root}/{info.base_name}") for info in infos if info.type == fs.FileType.Directory]
+    finished = [(_finished_at(folder), folder.name, folder) for folder in folders if folder.exists(RUN)]
     if not finished:
         raise ConfigError(f"{output_root}: holds no finished run; `epic-ray train` makes one, or name the run's folder")
     return max(finished, key=lambda entry: entry[:2])[2]
+
+
+def _finished_at(run_dir: RunDir) -> str:
+    record = run_dir.read_json(RUN)
+    if not isinstance(record, dict) or "finished_at" not in record:
+        raise ResultError(f"{run_dir.show(RUN)}: is no record of a run; remove it, or name the run you mean")
+    return str(record["finished_at"])

@@ -214,7 +214,7 @@ def build_table(name: str, columns: Mapping[str, Any], metadata: Mapping[str, st
         ]
         table = pa.Table.from_arrays(ready, schema=schema)
         table.validate()
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except pa.ArrowException as error:
         raise ResultError(f"table {name}: {error}") from error
     for field in schema:
         if not field.nullable and table[field.name].null_count:
@@ -240,13 +240,15 @@ def read_table(run_dir: RunDir, relative: str, columns: list[str] | None = None)
     """One file of a table, its schema checked. Raises ResultError for an absent, torn or foreign file."""
     try:
         with run_dir.open(relative) as file:
-            table = pq.read_table(file, columns=columns)
+            parquet = pq.ParquetFile(file, pre_buffer=True)
+            check_schema(parquet.schema_arrow, run_dir.show(relative))
+            return parquet.read(columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ResultError(
-            f"{run_dir.show(relative)}: is no readable Parquet file ({error}); run its stage again"
-        ) from error
-    check_schema(table.schema, run_dir.show(relative))
-    return table
+        raise _torn(run_dir, relative, error) from error
+
+
+def _torn(run_dir: RunDir, relative: str, error: Exception) -> ResultError:
+    return ResultError(f"{run_dir.show(relative)}: is no readable Parquet file ({error}); run its stage again")
 
 
 def check_schema(schema: pa.Schema, where: str) -> None:
@@ -259,6 +261,7 @@ def check_schema(schema: pa.Schema, where: str) -> None:
         )
     known = {column.name: column.type for column in TABLES[name].columns}
     wrong = [field.name for field in schema if field.name not in known or not _fits(field.type, known[field.name])]
+    wrong += [key for key, kind in known.items() if not isinstance(kind, str) and key not in schema.names]
     if wrong:
         raise ResultError(f"{where}: columns {wrong} are not those of table {name}; written by another version?")
 
@@ -275,9 +278,12 @@ def read_tables(run_dir: RunDir, relatives: list[str], columns: list[str] | None
 
 
 def read_metadata(run_dir: RunDir, relative: str) -> dict[str, str]:
-    """The schema metadata of a table's file, from its footer alone. Raises pyarrow.ArrowInvalid for a torn file."""
-    with run_dir.open(relative) as file:
-        metadata = pq.read_schema(file).metadata or {}
+    """The schema metadata of a table's file, from its footer alone. Raises ResultError for an absent or torn file."""
+    try:
+        with run_dir.open(relative) as file:
+            metadata = pq.read_schema(file).metadata or {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _torn(run_dir, relative, error) from error
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 

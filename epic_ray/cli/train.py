@@ -60,10 +60,12 @@ def init(
 @guarded
 def validate(run_file: RunFile = None, settings: Settings = None, as_json: Json = False) -> None:
     """Check settings, images and classifier without running anything."""
+    config = read_run_file(run_file, settings)
+
     from epic_ray import pipeline
     from epic_ray.logs import make_reporter
 
-    run = pipeline.open_run(read_run_file(run_file, settings), make_reporter(), force=True)
+    run = pipeline.open_run(config, make_reporter(), force=True)
     facts: dict[str, Any] = {
         "name": run.config.name,
         "model": run.classifier.origin,
@@ -82,10 +84,12 @@ def validate(run_file: RunFile = None, settings: Settings = None, as_json: Json 
 @guarded
 def plan(run_file: RunFile = None, settings: Settings = None, force: Force = False, as_json: Json = False) -> None:
     """Show the stages of a run, what would be reused, and rough sizes; nothing is written."""
+    config = read_run_file(run_file, settings)
+
     from epic_ray import pipeline
     from epic_ray.logs import make_reporter
 
-    planned = pipeline.plan(read_run_file(run_file, settings), make_reporter(), force)
+    planned = pipeline.plan(config, make_reporter(), force)
     if as_json:
         print_json(planned)
         return
@@ -126,10 +130,11 @@ def submit_train(
 
 def run_here(run_file: Path | None, settings: list[str] | None, force: bool, as_json: bool, quiet: bool) -> None:
     """`train` on this machine, with its closing summary."""
+    config = read_run_file(run_file, settings)  # before torch is imported: wrong settings are told at once
+
     from epic_ray import pipeline
     from epic_ray.logs import make_reporter
 
-    config = read_run_file(run_file, settings)
     record = pipeline.train(config, make_reporter(quiet), force)
     if as_json:
         print_json(record)

@@ -73,10 +73,14 @@ class Illustrator:
 
     def draw(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> Image.Image:
         """The picture of one image from its rows of the table `explanations`, strongest channel first."""
+        return draw_explanation(self.compose(image_id, uri, rows))
+
+    def compose(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> ExplanationPicture:
+        """What that picture shows: numbers from the rows, images from the files that the rows name."""
         first, seen = rows[0], self._see(uri)
         names = self._run.classes.names
         bias = float(self._classifier.bias[first["predicted"]])
-        picture = ExplanationPicture(
+        return ExplanationPicture(
             image_id=image_id,
             image=seen.image,
             predicted=names[first["predicted"]],
@@ -88,7 +92,6 @@ class Illustrator:
             rows=tuple(self._channel(seen, row) for row in rows),
             footer=f"{self._run.config.name} · {self._run.config.model.architecture} · EPIC basis",
         )
-        return draw_explanation(picture)
 
     def _channel(self, seen: Seen, row: dict[str, Any]) -> ChannelRow:
         prototypes = self._prototypes.get((row["sign"], row["channel"]), [])

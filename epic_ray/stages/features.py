@@ -1,5 +1,6 @@
 """The one pass over the images: pooled features, prediction and status of each, and the maps where they fit."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,21 +137,29 @@ def read_images_table(run_dir: RunDir, split: str, columns: list[str] | None = N
     return read_tables(run_dir, run_dir.list(table_folder("images", split)), columns)
 
 
-def check_failures(run_dir: RunDir, splits: list[str], max_failed_fraction: float) -> dict[str, int]:
-    """Failures by reason over all splits. Raises InputError where a split has more than its share."""
-    reasons: dict[str, int] = {}
+def count_failures(run_dir: RunDir, splits: list[str]) -> dict[str, int]:
+    """Failures by reason over all splits."""
+    reasons: Counter[str] = Counter()
     for split in splits:
-        table = read_images_table(run_dir, split, ["image_id", "status", "reason"])
-        failed = table.filter(pc.equal(table["status"], "failed"))
-        for reason in failed["reason"].to_pylist():
-            kind = reason.split(":")[0]
-            reasons[kind] = reasons.get(kind, 0) + 1
-        fraction = failed.num_rows / table.num_rows
-        if fraction > max_failed_fraction:
+        reasons.update(reason.split(":")[0] for reason in _failed(run_dir, split)[0]["reason"].to_pylist())
+    return dict(reasons)
+
+
+def check_failures(run_dir: RunDir, splits: list[str], max_failed_fraction: float) -> None:
+    """Raises InputError where more than its share of a split's images failed, or all of them."""
+    for split in splits:
+        failed, count = _failed(run_dir, split)
+        fraction = failed.num_rows / count
+        if fraction > max_failed_fraction or failed.num_rows == count:
             first = ", ".join(f"{row['image_id']} ({row['reason']})" for row in failed.slice(0, 3).to_pylist())
             raise InputError(
-                f"{split}: {failed.num_rows} of {table.num_rows} images failed ({fraction:.1%}, "
+                f"{split}: {failed.num_rows} of {count} images failed ({fraction:.1%}, "
                 f"data.max_failed_fraction is {max_failed_fraction:.1%}): {first}; "
                 f"all are listed in {run_dir.show(table_folder('images', split))}; mend them or raise the limit"
             )
-    return reasons
+
+
+def _failed(run_dir: RunDir, split: str) -> tuple[pa.Table, int]:
+    """The rows of a split's failed images, and how many images it has in all."""
+    table = read_images_table(run_dir, split, ["image_id", "status", "reason"])
+    return table.filter(pc.equal(table["status"], "failed")), table.num_rows

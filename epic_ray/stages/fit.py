@@ -255,7 +255,6 @@ class _Worker:
         if dist.is_initialized():
             dist.barrier()
 
-
     def _demand_equal_ranks(self, basis: torch.Tensor) -> None:
         """Every worker must hold the same U, to the last bit: they would drift apart unseen otherwise."""
         if self.reducer.world == 1:

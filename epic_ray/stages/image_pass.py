@@ -17,6 +17,7 @@ import ray.data as rd
 import torch
 
 from epic_ray.config import ModelConfig
+from epic_ray.errors import ResultError
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.method.preprocessing import ImageError, Preprocessing, decode_image
@@ -69,7 +70,7 @@ def committed_units(run_dir: RunDir, table: str, split: str, fingerprint: str) -
     for relative in run_dir.list(table_folder(table, split)):
         try:
             made_from = read_metadata(run_dir, relative).get(FINGERPRINT_KEY)
-        except pa.ArrowInvalid:
+        except ResultError:
             made_from = None  # torn: written by something else than `publish`
         if made_from == fingerprint:
             committed.add(int(relative.rsplit("-", 1)[1].removesuffix(".parquet")))

@@ -18,8 +18,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif
 class Listing:
     """The image files of a split, sorted by path: parallel columns rather than an object a file."""
 
-    def __init__(self, split: str, paths: list[str], sizes: list[int], ignored: list[str]) -> None:
-        self.split, self.paths, self.sizes, self.ignored = split, paths, sizes, ignored
+    def __init__(self, split: str, paths: list[str], sizes: list[int], ignored: list[str], empty: list[str]) -> None:
+        self.split, self.paths, self.sizes = split, paths, sizes
+        self.ignored, self.empty_folders = ignored, empty
 
     def class_folder(self, path: str) -> str | None:
         """The first folder below the split's, or None for an image that lies in the split's folder itself."""
@@ -41,31 +42,39 @@ def list_split(data: DataConfig, split: str) -> Listing:
         ) from None
     except OSError as error:
         raise InputError(f"{where}: cannot be listed ({error})") from None
-    files = sorted(
-        ((info.path[len(folder) + 1 :], info.size) for info in found if info.type == fs.FileType.File),
-        key=lambda entry: entry[0],
-    )
-    shown = [entry for entry in files if not any(part.startswith(".") for part in entry[0].split("/"))]
-    images = [entry for entry in shown if entry[0].lower().endswith(IMAGE_SUFFIXES)]
+    try:
+        entries = sorted((info.path[len(folder) + 1 :], info) for info in found)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: holds a name that is no UTF-8 ({error.object!r}); rename it") from None
+    shown = [entry for entry in entries if not any(part.startswith(".") for part in entry[0].split("/"))]
+    files = [(path, info.size) for path, info in shown if info.type == fs.FileType.File]
+    images = [entry for entry in files if entry[0].lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         raise InputError(
             f"{where}: holds no image (split `{split}`); files that end in {', '.join(IMAGE_SUFFIXES)} are looked for"
         )
-    ignored = [path for path, _ in shown if not path.lower().endswith(IMAGE_SUFFIXES)]
-    return Listing(split, [path for path, _ in images], [size for _, size in images], ignored)
+    ignored = [path for path, _ in files if not path.lower().endswith(IMAGE_SUFFIXES)]
+    used = {path.split("/")[0] for path, _ in files}
+    empty = [path for path, info in shown if info.type == fs.FileType.Directory and "/" not in path]
+    empty = [path for path in empty if path not in used]
+    return Listing(split, [path for path, _ in images], [size for _, size in images], ignored, empty)
 
 
 def _folders_there(filesystem: fs.FileSystem, root: str) -> str:
-    infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    except NotADirectoryError:
+        return f"{root} is a file"
     names = sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
     return f"folders there: {', '.join(names[:8])}" if names else "the data set's root has no folders"
 
 
 def class_folders(data: DataConfig, listings: list[Listing]) -> list[str]:
-    """The names of all class folders, sorted."""
+    """The names of all class folders, sorted; an empty folder is a class too, one with other files alone is none."""
     if data.labels == "none":
         return []
-    return sorted({folder for listing in listings for path in listing.paths if (folder := listing.class_folder(path))})
+    used = {folder for listing in listings for path in listing.paths if (folder := listing.class_folder(path))}
+    return sorted(used.union(*(listing.empty_folders for listing in listings)))
 
 
 def build_manifest(data: DataConfig, listing: Listing, classes: ClassNames, root: str) -> pa.Table:
@@ -111,6 +120,8 @@ def report_listing(reporter: Reporter, listing: Listing) -> None:
             f"{listing.split}: {len(listing.ignored)} file(s) without an image suffix are left out, "
             f"first {listing.ignored[0]}"
         )
+    if listing.empty_folders:
+        reporter.say(f"{listing.split}: empty class folder(s): {', '.join(listing.empty_folders[:8])}")
 
 
 @lru_cache(maxsize=64)

@@ -35,6 +35,7 @@ def start_ray(local: bool = True) -> None:
     if ray.is_initialized():
         return
     quiet_ray()
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if not local:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return

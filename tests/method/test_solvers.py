@@ -26,15 +26,6 @@ ALONE = SingleProcess()
 ADAM = {"seed": 7, "batch_size": 16}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Matrices this small gain nothing from threads and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rectified_maps(n=60, s=9, d=6, seed=0):
     """Feature maps as a network's last ReLU leaves them: sparse, non-negative."""
     return torch.randn(n, s, d, generator=torch.Generator().manual_seed(seed)).relu()
