@@ -151,8 +151,9 @@ class FitConfig(Section):
 
     solver: Literal["procrustes", "adam"] = "procrustes"
     """procrustes: closed form, one polar factor a round; adam: the paper's gradient descent."""
-    start: Literal["identity", "quartimax"] = "identity"
-    """Basis of the first round."""
+    start: Literal["identity", "quartimax"] = "quartimax"
+    """Basis of the first round; quartimax: the rotation under which the pooled features are sparsest, found from them
+    alone (docs/epic.md shows what it gains). The paper starts from the identity."""
     seed: int = 42
     """Seed of everything random in the fit."""
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"
@@ -187,13 +188,13 @@ class ResourcesConfig(Section):
     """What the run may use."""
 
     feature_actors: Auto | Positive = "auto"
-    """Copies of the classifier; auto: one a GPU, or one on a machine without GPUs."""
+    """Copies of the classifier; auto: one a GPU, or without GPUs as many as their threads fill the cores."""
     gpus_per_actor: Auto | Annotated[Number, Field(ge=0)] = "auto"
     """GPUs each copy holds; auto: 1 where the cluster has GPUs, else 0."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda for an actor that holds a GPU, else cpu."""
     threads_per_actor: Auto | Positive = "auto"
-    """CPU threads of an actor's arithmetic; auto: the machine's cores, at most 4. Part of what features depend on."""
+    """CPU threads of an actor's arithmetic; auto: a quarter of the cores, 1 to 4."""
     batch_size: Positive = 64
     """Images of one forward; the last batch of a unit is padded to it."""
     precision: Literal["float32"] = "float32"

@@ -213,7 +213,7 @@ def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict
         "bytes": totals.bytes_written,
         "failed": sum(reasons.values()),
         "failures": reasons,
-        "images_done_here": totals.decoded + totals.failed,
+        "images_done_here": totals.images,
         "split_max_abs_difference": totals.max_abs_difference,
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
@@ -472,7 +472,7 @@ def explain(
             "failed": totals.failed,
             "forwarded": totals.forwarded,
             "max_abs_difference": totals.max_abs_difference,
-            "top1_agreement": totals.agreeing / max(totals.forwarded, 1),
+            "top1_agreement": totals.agreeing / max(totals.images - totals.failed, 1),
         }
 
     mark = run.stage(f"explanations-{split}", made_from, work)
@@ -488,9 +488,8 @@ def _spread(manifest: pa.Table, limit: int | None) -> pa.Table:
 
 
 def _demand_few_failures(totals: PassTotals, split: str, max_failed_fraction: float) -> None:
-    count = totals.decoded + totals.failed
-    if count and totals.failed / count > max_failed_fraction:
+    if totals.images and totals.failed / totals.images > max_failed_fraction:
         raise InputError(
-            f"{split}: {totals.failed} of {count} images failed, above data.max_failed_fraction "
+            f"{split}: {totals.failed} of {totals.images} images failed, above data.max_failed_fraction "
             f"({max_failed_fraction:.1%}); mend them or raise the limit"
         )

@@ -223,7 +223,10 @@ def build_table(name: str, columns: Mapping[str, Any], metadata: Mapping[str, st
 
 
 def _vectors(values: Any) -> pa.FixedShapeTensorArray:
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+    if len(values):
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(values.dtype), values.shape[1:])
+    return kind.wrap_array(pa.array([], kind.storage_type))
 
 
 def write_table(run_dir: RunDir, relative: str, table: pa.Table) -> int:

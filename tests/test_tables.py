@@ -172,6 +172,13 @@ def test_vectors_are_float32_and_boxes_have_four_numbers():
         build_table("prototypes", columns_of("prototypes") | {"box_xyxy_px": np.zeros((ROWS, 3), np.float32)})
 
 
+def test_a_table_without_rows_keeps_its_vectors_and_boxes(run_dir):
+    empty = build_table("explanations", {key: values[:0] for key, values in columns_of("explanations").items()})
+    assert empty.schema.field("box_xyxy_px").type == pa.fixed_shape_tensor(pa.float32(), [4])
+    write_table(run_dir, table_file("explanations"), empty)
+    assert read_table(run_dir, table_file("explanations")).equals(empty)
+
+
 def test_the_logits_of_the_fitting_split_may_be_left_out():
     columns = columns_of("features")
     del columns["logits"]

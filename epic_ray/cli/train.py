@@ -32,7 +32,7 @@ data:
   root: path/to/images        # holds <split>/<class>/<image>
   splits: {train: train, val: val}
   max_failed_fraction: 0.01
-fit: {solver: procrustes, seed: 42}
+fit: {solver: procrustes, start: quartimax, seed: 42}
 prototypes: {per_channel: 5}
 explain: {channels_per_image: 4, pictures: 20}
 resources: {feature_actors: auto, batch_size: 64}

@@ -11,6 +11,7 @@ from epic_ray.method.basis import absorb
 from epic_ray.method.explanation import Explained, explain_maps
 from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.run_dir import RunDir, unit_file
+from epic_ray.stages.features import NON_FINITE
 from epic_ray.stages.image_pass import Committed, Unit, UnitActor
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.resources import Resources
@@ -40,35 +41,47 @@ class ExplainActor(UnitActor):
             explain_maps(maps, logits, self._weight, self.classifier.bias, self._basis, self._count, self._rank_by)
             for _, maps, logits in self.forward(unit.pixels, readable)
         ]
+        finite = _finite(parts)
+        for row in readable[~finite]:
+            unit.reasons[row] = NON_FINITE
         table = explanation_table(unit, readable, parts, self.classifier.grid, self.classifier.preprocessing)
         table = table.replace_schema_metadata((table.schema.metadata or {}) | self.metadata)
         written = write_table(self.run_dir, unit_file("explanations", unit.split, unit.number), table)
-        differences = [float(part.difference.nan_to_num(0.0).max()) for part in parts]
-        return Committed(written, max(differences, default=0.0), sum(int(part.agrees.sum()) for part in parts))
+        difference, agrees = _joined(parts, "difference")[finite], _joined(parts, "agrees")[finite]
+        return Committed(written, float(difference.max(initial=0)), int(agrees.sum()))
+
+
+def _joined(parts: list[Explained], name: str) -> np.ndarray:
+    return torch.cat([getattr(part, name) for part in parts]).cpu().numpy() if parts else np.empty(0, np.float32)
+
+
+def _finite(parts: list[Explained]) -> np.ndarray:
+    """Which of the images have finite logits, the classifier's own and rebuilt from their map."""
+    return np.isfinite(_joined(parts, "logit")) & np.isfinite(_joined(parts, "difference"))
 
 
 def explanation_table(
     unit: Unit, rows: np.ndarray, parts: list[Explained], grid: tuple[int, int], preprocessing: Preprocessing
 ) -> pa.Table:
     """The rows of table `explanations` for these images of a unit, one a channel; non-finite images have none."""
-
-    def joined(name: str) -> np.ndarray:
-        return torch.cat([getattr(part, name) for part in parts]).cpu().numpy()
-
     if not parts:
         return TABLES["explanations"].schema().empty_table()
-    finite = np.isfinite(joined("logit")) & np.isfinite(joined("difference"))
+    finite = _finite(parts)
+
+    def joined(name: str) -> np.ndarray:
+        return _joined(parts, name)[finite]
+
     rows, k = rows[finite], parts[0].channels.shape[1]
     each = np.repeat(rows, k)
-    cells = np.stack(np.divmod(joined("cells")[finite].reshape(-1), grid[1]), axis=1)
+    cells = np.stack(np.divmod(joined("cells").reshape(-1), grid[1]), axis=1)
     columns: dict[str, Any] = {name: unit.column(name, each) for name in ("split", "position", "image_id", "label")}
     for name, dtype in (("predicted", np.int32), ("logit", np.float32), ("probability", np.float32)):
-        columns[name] = np.repeat(joined(name)[finite].astype(dtype), k)
+        columns[name] = np.repeat(joined(name).astype(dtype), k)
     columns["rank"] = np.tile(np.arange(1, k + 1, dtype=np.int32), len(rows))
-    columns["channel"] = joined("channels")[finite].reshape(-1).astype(np.int32)
-    columns["sign"] = [SIGN_NAMES[sign] for sign in joined("signs")[finite].reshape(-1).tolist()]
+    columns["channel"] = joined("channels").reshape(-1).astype(np.int32)
+    columns["sign"] = [SIGN_NAMES[sign] for sign in joined("signs").reshape(-1).tolist()]
     for column, name in (("share", "shares"), ("score", "scores"), ("value", "values"), ("purity", "purity")):
-        columns[column] = joined(name)[finite].reshape(-1).astype(np.float32)
+        columns[column] = joined(name).reshape(-1).astype(np.float32)
     columns["cell_row"], columns["cell_col"] = cells[:, 0].astype(np.int32), cells[:, 1].astype(np.int32)
     columns["box_xyxy_px"] = preprocessing.cell_boxes(cells, grid, unit.sizes_px[each])
     return build_table("explanations", columns)

@@ -5,6 +5,7 @@ lists and one (D, D) matrix travel. Rank 0 publishes `fit/round-NNN.pt`; whoever
 """
 
 import io
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -181,7 +182,8 @@ class _Worker:
     def __init__(self, job: FitJob) -> None:
         self.job, self.config = job, job.config.fit
         self.reducer: Reducer = DistributedReducer() if dist.is_initialized() else SingleProcess()
-        self.device = take_device(job.resources.device, max(1, job.resources.threads // self.reducer.world))
+        # alone on its cores by now: the feature actors are gone
+        self.device = take_device(job.resources.device, max(1, (os.cpu_count() or 1) // self.reducer.world))
         self.source = StoredMaps(job, self.reducer, self.device)
         self.history: list[dict[str, Any]] = []
 

@@ -6,6 +6,7 @@ files itself, the one that commits it last.
 """
 
 import gc
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import ray
 import ray.data as rd
 import torch
 
+from epic_ray import errors
 from epic_ray.config import ModelConfig
 from epic_ray.errors import ResultError
 from epic_ray.logs import Reporter
@@ -35,6 +37,7 @@ _IMAGE_COLUMN = "image"
 class PassTotals:
     """What a pass really did, summed over its units: counted where it happened."""
 
+    images: int = 0
     decoded: int = 0
     forwarded: int = 0
     failed: int = 0
@@ -45,6 +48,7 @@ class PassTotals:
     agreeing: int = 0
 
     def add(self, summary: dict[str, Any]) -> None:
+        self.images += summary["images"]
         self.decoded += summary["decoded"]
         self.forwarded += summary["forwarded"]
         self.failed += summary["failed"]
@@ -215,6 +219,30 @@ class UnitActor:
         raise NotImplementedError
 
 
+class GuardedActor:
+    """An actor of a pass whose fault is its answer: raised inside Ray Data, a fault would lose its kind and its cause.
+
+    The traceback goes to the process's log, the fault itself to the driver, which raises it.
+    """
+
+    def __init__(self, stage: str, actor: type[UnitActor], arguments: dict[str, Any]) -> None:
+        self._stage, self._fault = stage, None
+        try:
+            self._actor = actor(**arguments)
+        except Exception as error:
+            self._fault = error
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        try:
+            if self._fault:
+                raise self._fault
+            return self._actor(row)
+        except Exception as error:
+            traceback.print_exception(error)
+            fault = first_cause(error, self._stage)
+            return pa.table({"fault": [type(fault).__name__], "message": [str(fault)]})
+
+
 def run_pass(
     stage: str,
     actor: type[UnitActor],
@@ -234,19 +262,20 @@ def run_pass(
     dataset = rd.from_arrow([pack(unit) for unit in units]).map_batches(
         DecodeUnit(preprocessing).__call__, batch_size=1, batch_format="pyarrow", num_cpus=1
     )
-    on_gpu = resources.gpus_per_actor > 0
     dataset = dataset.map_batches(
-        actor,
+        GuardedActor,
         batch_size=1,
         batch_format="pyarrow",
         compute=rd.ActorPoolStrategy(min_size=1, max_size=min(resources.feature_actors, len(units))),
-        num_gpus=resources.gpus_per_actor if on_gpu else None,
-        num_cpus=0 if on_gpu else 1,
-        fn_constructor_kwargs=arguments,
+        num_gpus=resources.gpus_per_actor or None,
+        num_cpus=0,  # actors that hold CPUs can leave none to the tasks they wait for; and decoding stays apart
+        fn_constructor_kwargs={"stage": stage, "actor": actor, "arguments": arguments},
     )
     try:
         with reporter.stage(stage, sum(unit.num_rows for unit in units), "images") as meter:
             for summary in dataset.iter_rows():
+                if summary.get("fault"):
+                    raise getattr(errors, summary["fault"])(summary["message"])
                 totals.add(summary)
                 meter.advance(summary["images"], f"{totals.failed} failed" if totals.failed else "")
     except (ray.exceptions.RayError, RuntimeError) as error:

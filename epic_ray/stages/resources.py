@@ -56,12 +56,14 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
     """The settings against what Ray has. Raises ClusterError where it has less than is asked for."""
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    cores = os.cpu_count() or 1
+    # few threads an actor: those of one forward wait for one another, those of two actors do not
+    threads = max(1, min(4, cores // 4)) if config.threads_per_actor == "auto" else config.threads_per_actor
     gpus_per_actor: float = 1.0 if gpus and config.device != "cpu" else 0.0
     if config.gpus_per_actor != "auto":
         gpus_per_actor = config.gpus_per_actor
-    actors = max(1, int(gpus / gpus_per_actor)) if gpus_per_actor else 1
-    if config.feature_actors != "auto":
-        actors = config.feature_actors
+    actors = int(gpus / gpus_per_actor) if gpus_per_actor else min(cores, cpus) // threads
+    actors = max(1, actors) if config.feature_actors == "auto" else config.feature_actors
     if actors * gpus_per_actor > gpus:
         raise ClusterError(
             f"resources: {actors} actor(s) x {gpus_per_actor:g} GPU(s) asked, but Ray has {gpus}; "
@@ -70,7 +72,6 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
     if config.device == "cuda" and not gpus_per_actor:
         raise ClusterError("resources: device is cuda, but no actor holds a GPU; set resources.gpus_per_actor")
     device = config.device if config.device != "auto" else ("cuda" if gpus_per_actor else "cpu")
-    threads = min(4, os.cpu_count() or 1) if config.threads_per_actor == "auto" else config.threads_per_actor
     return Resources(actors, gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
 
 

@@ -144,7 +144,9 @@ def test_a_folder_that_matches_no_class_is_named_with_what_is_near(tmp_path):
     with pytest.raises(InputError) as caught:
         manifest_of(only_train(tmp_path), Head(2, ("green", "tabby cat")))
     assert str(caught.value).startswith(f"{tmp_path}/train: folder `gren` matches no class of the head (2 classes, ")
-    assert "; near: green; give the head's names in order as model.classes, or set data.labels=none" in str(caught.value)
+    assert "; near: green; give the head's names in order as model.classes, or set data.labels=none" in str(
+        caught.value
+    )
 
 
 def test_as_many_folders_as_classes_give_the_classes_their_names(tmp_path):
