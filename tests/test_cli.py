@@ -9,11 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import small_settings
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,12 +24,12 @@ import epic_ray
 from epic_ray import pipeline
 from epic_ray.cli import demo, explain, train
 from epic_ray.cli.app import app
-from epic_ray.config import RunConfig, dump_config
+from epic_ray.config import dump_config, load_config
 from epic_ray.demo import digit_net
 from epic_ray.logs import Reporter
-from epic_ray.run_dir import CONFIG, RUN, RunDir
+from epic_ray.run_dir import CONFIG, RUN, RunDir, round_file
+from epic_ray.stages.loading import resolve_paths
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {demo: ["demo"], explain: ["explain"], train: ["init", "validate", "plan", "train", "submit"]}
 
 
@@ -74,19 +74,19 @@ def run_file(patches, tmp_path) -> Callable[..., Path]:
 
 def test_help_answers_in_half_a_second_without_torch_or_ray():
     code = (
-        "import sys, time; start = time.perf_counter(); sys.argv = ['epic-ray', '--help']\n"
+        "import sys; sys.argv = ['epic-ray', '--help']\n"
         "from epic_ray.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert end.code in (None, 0)\n"
         "heavy = {'torch', 'ray', 'timm', 'torchvision', 'pyarrow', 'pydantic', 'numpy'} & set(sys.modules)\n"
-        "print(f'\\n{time.perf_counter() - start:.3f} {sorted(heavy)}')"
+        "print(sorted(heavy))"
     )
     seconds = []
     for _ in range(3):
+        start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-        took, heavy = done.stdout.splitlines()[-1].split(" ", 1)
-        assert heavy == "[]"
-        seconds.append(float(took))
+        seconds.append(time.perf_counter() - start)
+        assert done.stdout.splitlines()[-1] == "[]"
     for name in [name for names in COMMANDS.values() for name in names]:
         assert f"\n  {name} " in done.stdout
     assert min(seconds) <= 0.5
@@ -117,8 +117,7 @@ def test_every_help_ends_with_two_examples(name):
     last = " ".join(stdout.strip().rsplit("\n\n", 1)[-1].split())
     examples = last.split(" · ")
     assert len(examples) == 2
-    first_word = name.split(" ")[0]
-    assert all(example.startswith(f"epic-ray {name}" if name else "epic-ray ") for example in examples), first_word
+    assert all(example.startswith(f"epic-ray {name}") for example in examples)
 
 
 def test_a_word_that_is_no_command_or_option_ends_with_2():
@@ -154,21 +153,14 @@ def test_an_absent_run_file_ends_with_2(tmp_path):
 
 
 def test_a_run_folder_with_other_settings_ends_with_2_naming_them(run_file, tmp_path):
-    config: RunConfig = pipeline.resolve_paths(pipeline.build_config(yaml.safe_load(run_file().read_text()), "x"))
+    config = resolve_paths(load_config(run_file()))
     RunDir(str(tmp_path / "runs" / "small")).publish_bytes(CONFIG, dump_config(config).encode())
     for name in ("train", "plan"):
         told = fails(2, f"ConfigError: {tmp_path}/runs/small: holds", name, run_file(fit={"seed": 7}))
-        assert (
-            told.splitlines()[1:]
-            == [
-                "  fit.prototypes_per_channel.end: 5 -> 20",
-                "  fit.prototypes_per_channel.rounds: 3 -> 10",
-                "  fit.prototypes_per_channel.start: 12 -> 100",
-                "  fit.seed: 42 -> 7",
-                "choose another name (--set name=...), or pass --force to redo here what depends on them",
-            ]
-            or "fit.seed: 42 -> 7" in told
-        )
+        assert told.splitlines()[1:] == [
+            "  fit.seed: 42 -> 7",
+            "choose another name (--set name=...), or pass --force to redo here what depends on them",
+        ]
 
 
 def test_explain_without_a_finished_run_ends_with_2_and_with_an_unfinished_one_with_6(tmp_path, run_file):
@@ -195,7 +187,8 @@ def test_a_torn_record_of_a_run_ends_with_6(tmp_path):
 def test_an_unknown_architecture_ends_with_3(run_file):
     model = {"architecture": "mobilenet_v22", "source": "torchvision", "arguments": {}}
     told = fails(3, "InputError: torchvision know no architecture 'mobilenet_v22'", "train", run_file(model=model))
-    assert "near it: mobilenet_v2 (torchvision)" in told
+    assert "; near it: " in told
+    assert "mobilenet_v2 (torchvision)" in told
 
 
 def test_a_missing_data_root_ends_with_3(run_file, tmp_path):
@@ -403,21 +396,19 @@ def test_an_interrupted_train_ends_with_130_and_says_that_it_goes_on(run_file, t
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+    run_dir = RunDir(str(tmp_path / "runs" / "small"))
     try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("features: 135 images in "):
-                break
+        deadline = time.monotonic() + 120
+        while not run_dir.exists(round_file(3)) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
         stdout, stderr = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, said + [stderr]
+    assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == "interrupted; what is finished is kept, the same command goes on from there"
     assert "Traceback" not in stderr
     assert stdout == ""
-    run_dir = RunDir(str(tmp_path / "runs" / "small"))
     assert run_dir.read_mark("features")
     assert run_dir.read_mark("fit") is None

@@ -112,7 +112,7 @@ def test_set_wins_over_the_file_and_the_file_over_the_default(tmp_path):
     file.write_text(yaml.safe_dump(LEAST | {"fit": {"seed": 7, "solver": "adam"}}), encoding="utf-8")
     assert load_config(file).fit.seed == 7
     config = load_config(file, ["fit.seed=8", "resources.batch_size=3"])
-    assert (config.fit.seed, config.fit.solver, config.fit.start) == (8, "adam", "identity")
+    assert (config.fit.seed, config.fit.solver, config.model.seed) == (8, "adam", 0)
     assert config.resources.batch_size == 3
     assert load_config(None, ["model.architecture=a", "data.root=b", "data.root=c"]).data.root == "c"
 

@@ -256,7 +256,7 @@ def test_a_channel_that_is_never_active_is_fitted_and_has_purity_0(attempt):
 
 
 def test_fewer_images_than_prototypes_asked_are_told_by_their_count(attempt):
-    """32 readable images to fit on and 12 held out, of 100 to 40 asked in the rounds, 20 for purity, 50 in the table."""
+    """32 readable images to fit on, 12 held out; asked are 100 to 40 in the rounds, 20 for purity, 50 in the table."""
     counts = {(row["split"], row["n"]): row["prototype_count"] for row in attempt.rows("purity")}
     assert counts == {("train", 5): 5, ("train", 20): 20, ("val", 5): 5, ("val", 20): 12}
     ranks = [row["rank"] for row in attempt.rows("prototypes") if row["channel"] == 1]
@@ -312,7 +312,7 @@ def test_a_bug_in_an_actor_is_a_failed_run_that_names_it(attempt, tmp_path, capf
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_images_that_change_under_a_run_are_told_by_the_fit(patches, tmp_path, workers):
     """Same sizes, other bytes: seen when the maps of the chosen images are wanted."""
     images = Path(shutil.copytree(patches, tmp_path / "patches"))
@@ -325,7 +325,7 @@ def test_images_that_change_under_a_run_are_told_by_the_fit(patches, tmp_path, w
         run_dir.drop_mark(stage)
     for file in images.rglob("*.png"):
         file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(InputError, match="was read in the pass, but cannot be read again .*the data set changed"):
+    with pytest.raises(InputError, match=r"was read in the pass, but cannot be read again .*the data set changed"):
         pipeline.train(config, Reporter())
 
 
