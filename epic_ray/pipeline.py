@@ -7,32 +7,29 @@ A stage that finds its own mark with the same fingerprint does nothing; a stage 
 with it all that depends on it. Nothing here computes: it says what is made from what.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import pyarrow as pa
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-import epic_ray
 from epic_ray.config import FITTING_SPLIT, RunConfig, build_config, differences, dump_config, fingerprint
 from epic_ray.errors import ConfigError, InputError, ResultError
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
 from epic_ray.method.classifier import SplitClassifier
+from epic_ray.record import basis_card, basis_notes, make_record
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, table_file
-from epic_ray.stages import exactness, explanations, features, fit, images, prototypes
+from epic_ray.stages import explanations, features, fit, images, prototypes
 from epic_ray.stages.image_pass import PassTotals, committed_units, cut_units, run_pass
 from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
-from epic_ray.stages.maps import keep_all_maps, map_bytes
-from epic_ray.stages.resources import Resources, peak_memory_bytes, resolve_resources, start_ray
-from epic_ray.tables import build_table, write_table
+from epic_ray.stages.maps import drop_foreign_maps, keep_all_maps, map_bytes
+from epic_ray.stages.resources import Resources, resolve_resources, start_ray
+from epic_ray.tables import build_table, read_table, write_table
+
+TRAIN_STAGES = ("images", "features", "fit", "prototypes")
 
 # Settings that decide where and how fast, but not what: a run may be continued with others.
 _FREE_SETTINGS = (
@@ -86,6 +83,8 @@ class Run:
             self.reporter.say(f"{name}: reused")
             return mark
         self.run_dir.drop_mark(name)
+        if name in TRAIN_STAGES and self.run_dir.exists(RUN):
+            self.run_dir.delete([RUN])  # of the run as it was; the folder is unfinished until the new one stands
         start = time.monotonic()
         facts = work()
         return self.run_dir.write_mark(name, made_from, time.monotonic() - start, **facts)
@@ -99,7 +98,7 @@ class Run:
 
 
 def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
-    """Loads the classifier and lists the images; nothing is written but the settings. Raises what stands against it."""
+    """Loads the classifier and lists the images; writes nothing. Raises what stands against the run."""
     config = resolve_paths(config)
     run_dir = RunDir(f"{config.output.root}/{config.name}")
     _demand_same_settings(config, run_dir, force)
@@ -157,11 +156,22 @@ def train(config: RunConfig, reporter: Reporter, force: bool = False, local: boo
     }
     # of a reused pass too: the limit may have changed since
     features.check_failures(run.run_dir, list(run.manifests), run.config.data.max_failed_fraction)
+    features.check_split(run.run_dir, list(run.manifests), run.config.model.tolerance)
     marks |= {
         "fit": run.stage("fit", made_from["fit"], lambda: _fit(run, resources, made_from)),
         "prototypes": run.stage("prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, made_from)),
     }
-    record = _record(run, resources, marks, made_from, time.monotonic() - start)
+    record = make_record(
+        run.config,
+        run.run_dir,
+        run.classifier,
+        run.classes,
+        marks,
+        made_from,
+        run.counts,
+        resources,
+        time.monotonic() - start,
+    )
     run.run_dir.publish_json(RUN, record)
     return record
 
@@ -191,7 +201,9 @@ def _images(run: Run) -> dict[str, Any]:
 def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
     units = []
     for split, manifest in run.manifests.items():
-        committed_units(run.run_dir, "features", split, made_from["features"])  # removes those of other settings
+        # removes what other settings have left
+        committed_units(run.run_dir, "features", split, made_from["features"])
+        drop_foreign_maps(run.run_dir, split, made_from["features"])
         done = committed_units(run.run_dir, "images", split, made_from["features"])
         units += [
             unit for number, unit in enumerate(cut_units(manifest, run.config.features.unit_size)) if number not in done
@@ -214,52 +226,29 @@ def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict
         "failed": sum(reasons.values()),
         "failures": reasons,
         "images_done_here": totals.images,
-        "split_max_abs_difference": totals.max_abs_difference,
+        "maps_kept": run.maps_kept,
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
 
 
 def _fit(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
-    job = fit.FitJob(run.run_dir, run.config, resources, made_from["features"], made_from["fit"], run.maps_kept)
+    job = fit.FitJob(run.run_dir, run.config, resources, made_from["features"], made_from["fit"])
     before = fit.counts_so_far(job)
     result = fit.fit_basis(job, run.reporter)
     run.count(result.decoded - before["decoded"], result.forwarded - before["forwarded"])
     error = orthogonality_error(result.basis)
     history = {name: [row[name] for row in result.history] for name in result.history[0]}
     write_table(run.run_dir, table_file("history"), build_table("history", history))
-    size_bytes = run.run_dir.publish_bytes(BASIS, save_tensors({"U": result.basis.contiguous()}, _basis_notes(run)))
-    run.run_dir.publish_bytes(BASIS_CARD, _basis_card(run, error).encode())
+    size_bytes = run.run_dir.publish_bytes(
+        BASIS, save_tensors({"U": result.basis.contiguous()}, basis_notes(run.config))
+    )
+    run.run_dir.publish_bytes(BASIS_CARD, basis_card(run.config, run.classifier, error).encode())
     return {
         "rows": len(result.history),
         "bytes": size_bytes,
         "orthogonality_error": error,
-        "decoded": result.decoded,
-        "forwarded": result.forwarded,
         "peak_memory_bytes": result.peak_memory_bytes,
     }
-
-
-def _basis_notes(run: Run) -> dict[str, str]:
-    notes = {
-        "version": epic_ray.__version__,
-        "architecture": run.config.model.architecture,
-        "weights": run.config.model.weights.rsplit("/", 1)[-1],
-        "rows": "channels",
-        "columns": "features of the classifier's last map",
-    }
-    return {"epic_ray": json.dumps(notes)}  # one key: the file's bytes would follow the order of several
-
-
-def _basis_card(run: Run, error: float) -> str:
-    channels = run.classifier.channel_count
-    return f"""# Basis U of {run.config.name}
-
-`basis.safetensors` holds `U`, float32, ({channels} channels, {channels} features): row k is channel k.
-Made by epic-ray {epic_ray.__version__} for `{run.config.model.architecture}` ({run.classifier.origin}).
-
-With z a cell of the classifier's last feature map and A, b its head: rotated channels are `U @ z`, the head that
-reads them is `A @ U.T`, and the logits stay what they were. Largest entry of |U Uᵀ - I|: {error:.2e}.
-"""
 
 
 def _prototypes(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
@@ -271,100 +260,9 @@ def _prototypes(run: Run, resources: Resources, made_from: dict[str, str]) -> di
         run.classifier.grid,
         made_from["features"],
     )
-    rows = prototypes.make_prototypes(job, read_basis(run.run_dir), run.reporter)
+    rows = prototypes.make_prototypes(job, fit.read_basis(run.run_dir), run.reporter)
     run.count(job.forwarded, job.forwarded)
-    return {"rows": rows, "forwarded": job.forwarded}
-
-
-def read_basis(run_dir: RunDir) -> torch.Tensor:
-    """U of a finished fit, (channel, feature)."""
-    try:
-        tensors = load_tensors(run_dir.read_bytes(BASIS))
-    except SafetensorError as error:
-        raise ResultError(f"{run_dir.show(BASIS)}: cannot be read ({error}); run the fit again") from None
-    if "U" not in tensors:
-        raise ResultError(f"{run_dir.show(BASIS)}: holds no `U`; run the fit again")
-    return tensors["U"]
-
-
-def _record(
-    run: Run, resources: Resources, marks: dict[str, Any], made_from: dict[str, str], seconds: float
-) -> dict[str, Any]:
-    """What `run.json` says of a finished run."""
-    basis = read_basis(run.run_dir)
-    proofs = {
-        split: exactness.prove_exactness(run.run_dir, split, made_from["features"], run.classifier, basis)
-        for split in run.manifests
-    }
-    held_out = run.config.held_out_split
-    splits = [FITTING_SPLIT, *([held_out] if held_out else [])]
-    proof = proofs[held_out] if held_out else None
-    total_images = sum(table.num_rows for table in run.manifests.values())
-    failed = marks["features"]["failed"]
-    gathered = marks["fit"]["forwarded"] + marks["prototypes"]["forwarded"]
-    return {
-        "name": run.config.name,
-        "method": run.config.method,
-        "epic_ray": epic_ray.__version__,
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "model": {
-            "architecture": run.config.model.architecture,
-            "origin": run.classifier.origin,
-            "channels": run.classifier.channel_count,
-            "classes": run.classifier.class_count,
-            "grid": list(run.classifier.grid),
-            "preprocessing": run.classifier.preprocessing.to_dict(),
-            "split": vars(run.classifier.split)
-            | {"checked_on_all_images": marks["features"]["split_max_abs_difference"]},
-        },
-        "class_names_from": run.classes.origin,
-        "backbone_top1": {split: proofs[split].backbone_top1 for split in splits},
-        "top1": {split: proofs[split].top1 for split in splits},
-        "logits": {
-            "max_abs_difference": proof.max_abs_difference if proof else None,
-            "top1_agreement": proof.top1_agreement if proof else None,
-            "split": held_out,
-            "images": proof.images if proof else 0,
-        },
-        "basis": {"orthogonality_error": orthogonality_error(basis)},
-        "purity": {
-            name: {
-                split: {
-                    f"at_{n}": prototypes.mean_purity(run.run_dir, name, split, n) for n in prototypes.PURITY_COUNTS
-                }
-                for split in splits
-            }
-            for name in ("before", "after")
-        },
-        "counts": {
-            "images": total_images,
-            "decoded": run.counts["decoded"],
-            "forwarded": run.counts["forwarded"],
-            "failed": failed,
-            "total": {
-                "images": total_images,
-                "decoded": total_images - failed + gathered,
-                "forwarded": total_images - failed + gathered,
-                "failed": failed,
-            },
-        },
-        "failures": marks["features"]["failures"],
-        "maps_kept": run.maps_kept,
-        "seconds": {name: mark["seconds"] for name, mark in marks.items()} | {"this_start": round(seconds, 3)},
-        "images_per_second": _rate(marks["features"]),
-        "peak_memory_bytes": {
-            "driver": peak_memory_bytes(),
-            "feature_actor": marks["features"]["peak_memory_bytes"],
-            "fit_worker": marks["fit"]["peak_memory_bytes"],
-        },
-        "resources": vars(resources),
-        "versions": {name: version(name) for name in ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow")},
-        "fingerprints": made_from | {"model": fingerprint(model_facts(run.config.model, run.classifier))},
-    }
-
-
-def _rate(mark: dict[str, Any]) -> float:
-    return round(mark["images_done_here"] / max(mark["seconds"], 1e-9), 2)
+    return {"rows": rows}
 
 
 # --- plan
@@ -375,11 +273,14 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
     run = open_run(config, reporter, force)
     rows = sum(table.num_rows for table in run.manifests.values())
     channels, classes = run.classifier.channel_count, run.classifier.class_count
+    # at most so many images are chosen in the first round; later rounds bring few more
+    most = channels * run.config.fit.prototypes_per_channel.start
+    chosen = 0 if run.maps_kept else min(run.manifests[FITTING_SPLIT].num_rows, most)
     held_out_rows = rows - run.manifests[FITTING_SPLIT].num_rows
     size = {
         "images": 200 * rows,
         "features": 4 * (channels * rows + classes * held_out_rows) + map_bytes(run.classifier) * rows * run.maps_kept,
-        "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds,
+        "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds + chosen * map_bytes(run.classifier),
         "prototypes": 100 * channels * 4 * run.config.prototypes.per_channel,
     }
     stages = []
@@ -424,15 +325,9 @@ def open_finished(run_dir: RunDir, reporter: Reporter) -> tuple[Run, dict[str, A
             f"{run_dir}: the classifier is not the one that was fitted (weights, preprocessing or library versions "
             "changed); bring it back, or train a new run"
         )
-    table = _read_classes(run_dir)
+    table = read_table(run_dir, table_file("classes"))
     names = ClassNames(table["name"].to_pylist(), table["folder"].to_pylist(), record["class_names_from"])
     return Run(config, run_dir, reporter, classifier, names, {}), record
-
-
-def _read_classes(run_dir: RunDir) -> pa.Table:
-    from epic_ray.tables import read_table
-
-    return read_table(run_dir, table_file("classes"))
 
 
 def explain(
@@ -445,7 +340,8 @@ def explain(
     listing = images.list_split(config.data, split)
     manifest = _spread(images.build_manifest(config.data, listing, run.classes, config.data.root), limit)
     settings = (config.explain.channels_per_image, config.explain.rank_by)
-    made_from = fingerprint(record["fingerprints"]["fit"], manifest["image_id"].to_pylist(), settings)
+    listed = [manifest[name].to_pylist() for name in ("image_id", "size_bytes")]
+    made_from = fingerprint(record["fingerprints"]["fit"], listed, settings)
     start_ray(local)
     resources = resolve_resources(config.resources)
 
@@ -458,7 +354,7 @@ def explain(
             "model": config.model,
             "resources": resources,
             "fingerprint": made_from,
-            "basis": read_basis(run.run_dir),
+            "basis": fit.read_basis(run.run_dir),
             "channels_per_image": settings[0],
             "rank_by": settings[1],
         }

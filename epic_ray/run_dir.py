@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 from pyarrow import fs
 
 from epic_ray.errors import ConfigError, InputError, ResultError
 
-CONFIG, RUN, METRICS = "config.yaml", "run.json", "metrics.json"
+CONFIG, RUN = "config.yaml", "run.json"
 BASIS, BASIS_CARD = "basis/basis.safetensors", "basis/README.md"
 PICTURES = "pictures"
 _TEMPORARY = ".tmp-"
@@ -50,6 +50,8 @@ def mark_file(stage: str) -> str:
 
 def resolve_root(root: str) -> str:
     """An absolute path or URI for a path, `~` expanded; URIs stay as they are."""
+    if root.startswith("file://"):
+        root = unquote(urlparse(root).path)
     return root if is_uri(root) else str(Path(root).expanduser().absolute())
 
 

@@ -386,11 +386,12 @@ def quartimax_start(
     """
     basis = torch.eye(d, device=device)
     for step in range(iterations):
-        total = torch.zeros_like(basis)
+        total = torch.zeros_like(basis, dtype=torch.float64)  # as in `_peak_directions`: no matter who holds what
         for pooled_ND in blocks():
             units_ND = nn.functional.normalize(pooled_ND.to(basis), dim=1)
             total += (units_ND @ basis.T).pow(3).T @ units_ND
         reducer.sum_(total)
+        total = total.to(basis.dtype)
         _demand_finite(total, 0, step)
         # Holds directions that no image has; tiny, as the singular values of `total` span many orders.
         basis = _nearest_basis(total + 1e-6 * total.abs().max() * basis, reducer)

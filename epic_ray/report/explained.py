@@ -21,9 +21,10 @@ from epic_ray.logs import Reporter
 from epic_ray.method.basis import absorb
 from epic_ray.method.explanation import Explained, explain_maps
 from epic_ray.method.preprocessing import ImageError, decode_image
-from epic_ray.pipeline import Run, read_basis
+from epic_ray.pipeline import Run
 from epic_ray.report.pictures import ChannelRow, ExplanationPicture, Tile, draw_explanation
 from epic_ray.run_dir import PICTURES, table_file, table_folder
+from epic_ray.stages.fit import read_basis
 from epic_ray.stages.images import read_image_bytes, read_manifest
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.resources import take_device

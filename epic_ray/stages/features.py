@@ -163,3 +163,24 @@ def _failed(run_dir: RunDir, split: str) -> tuple[pa.Table, int]:
     """The rows of a split's failed images, and how many images it has in all."""
     table = read_images_table(run_dir, split, ["image_id", "status", "reason"])
     return table.filter(pc.equal(table["status"], "failed")), table.num_rows
+
+
+def split_difference(run_dir: RunDir, split: str) -> float:
+    """Largest |difference| of A·v + b from the classifier's own logits over a split's readable images."""
+    return float(pc.max(read_images_table(run_dir, split, ["split_difference"])["split_difference"]).as_py() or 0.0)
+
+
+def check_split(run_dir: RunDir, splits: list[str], tolerance: float) -> None:
+    """Raises InputError where real images show that the logits are no affine function of the pooled map after all."""
+    for split in splits:
+        table = read_images_table(run_dir, split, ["image_id", "logit", "split_difference"])
+        allowed = pc.multiply(pc.add(pc.abs(table["logit"]), 1.0), tolerance)
+        wrong = table.filter(pc.fill_null(pc.greater(table["split_difference"], allowed), False))
+        if wrong.num_rows:
+            worst = wrong.sort_by([("split_difference", "descending")]).slice(0, 1).to_pylist()[0]
+            raise InputError(
+                f"{split}: the split of the classifier does not hold on {wrong.num_rows} images, worst on "
+                f"{worst['image_id']} (logits differ by {worst['split_difference']:.2e}, "
+                f"model.tolerance is {tolerance:g}); "
+                "the head is not affine in the pooled map; raise model.tolerance only if you know why"
+            )

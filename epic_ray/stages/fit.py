@@ -17,9 +17,11 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 
 from epic_ray.config import FITTING_SPLIT, RunConfig
-from epic_ray.errors import EpicError, RunFailed
+from epic_ray.errors import EpicError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
 from epic_ray.method.schedule import prototypes_per_round
@@ -36,7 +38,7 @@ from epic_ray.method.solvers import (
     quartimax_start,
 )
 from epic_ray.method.topk import TopN
-from epic_ray.run_dir import RunDir, round_file
+from epic_ray.run_dir import BASIS, RunDir, round_file
 from epic_ray.stages.features import feature_files
 from epic_ray.stages.images import read_manifest
 from epic_ray.stages.loading import load
@@ -46,6 +48,8 @@ from epic_ray.stages.search import pooled_blocks, search_files
 
 _POLL_SECONDS = 0.5
 _QUARTIMAX_ITERATIONS = 10
+# below, a matrix product takes less time than its threads wait for one another on a busy machine
+_CHANNELS_WORTH_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class FitJob:
     resources: Resources
     features_fingerprint: str
     fingerprint: str
-    maps_kept: bool
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,17 @@ def counts_so_far(job: FitJob) -> dict[str, int]:
     return {key: content[key] for key in ("decoded", "forwarded")}
 
 
+def read_basis(run_dir: RunDir) -> torch.Tensor:
+    """U of a finished fit, (channel, feature)."""
+    try:
+        tensors = load_tensors(run_dir.read_bytes(BASIS))
+    except SafetensorError as error:
+        raise ResultError(f"{run_dir.show(BASIS)}: cannot be read ({error}); run the fit again") from None
+    if "U" not in tensors:
+        raise ResultError(f"{run_dir.show(BASIS)}: holds no `U`; run the fit again")
+    return tensors["U"]
+
+
 # --- what each worker does
 
 
@@ -182,9 +196,10 @@ class _Worker:
     def __init__(self, job: FitJob) -> None:
         self.job, self.config = job, job.config.fit
         self.reducer: Reducer = DistributedReducer() if dist.is_initialized() else SingleProcess()
-        # alone on its cores by now: the feature actors are gone
-        self.device = take_device(job.resources.device, max(1, (os.cpu_count() or 1) // self.reducer.world))
+        self.device = take_device(job.resources.device, 1)
         self.source = StoredMaps(job, self.reducer, self.device)
+        if self.source.channel_count >= _CHANNELS_WORTH_THREADS:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.reducer.world))
         self.history: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -290,8 +305,7 @@ class StoredMaps:
         for other in self._gather(best):
             best = best.merge(other)
         self._selections += 1
-        if not self._job.maps_kept:
-            self._ensure(best)
+        self._ensure(best)
         return best
 
     def _gather(self, own: TopN) -> list[TopN]:
@@ -306,13 +320,14 @@ class StoredMaps:
         return [TopN(values[rank], indices[rank]) for rank in others]
 
     def _ensure(self, top: TopN) -> None:
-        if self._gatherer is None:
-            job = self._job
-            manifest = read_manifest(job.run_dir, FITTING_SPLIT)
-            classifier = load(job.config.model)
-            self._gatherer = MapGatherer(self._store, manifest, classifier, job.resources.batch_size, self._device)
-        name = f"fit-{self._selections:03d}-{self._reducer.rank:04d}"
-        self._gatherer.ensure(self._own_images(top), name)
+        """Forwards those of the chosen images whose map is not kept: each worker its share."""
+        own = self._own_images(top)
+        if len(self._store.missing(own)):
+            if self._gatherer is None:
+                job, manifest = self._job, read_manifest(self._job.run_dir, FITTING_SPLIT)
+                classifier = load(job.config.model)
+                self._gatherer = MapGatherer(self._store, manifest, classifier, job.resources.batch_size, self._device)
+            self._gatherer.ensure(own, f"fit-{self._selections:03d}-{self._reducer.rank:04d}")
         if dist.is_initialized():
             dist.barrier()
         self._store.refresh()

@@ -23,6 +23,7 @@ from epic_ray.tables import to_numpy
 
 _BLOCK_BYTES = 128 * MIB
 _FINGERPRINT = b"epic_ray.fingerprint"
+_CHOSEN = "chosen-"
 
 
 def map_bytes(classifier: SplitClassifier) -> int:
@@ -48,6 +49,31 @@ def write_maps(run_dir: RunDir, relative: str, positions: np.ndarray, maps_BSD: 
             writer.write_batch(batch)
 
     return run_dir.publish(relative, write)
+
+
+def drop_foreign_maps(run_dir: RunDir, split: str, fingerprint: str) -> None:
+    """Removes the maps of other features: they are large, and nothing reads them."""
+    run_dir.delete([file for file in run_dir.list(map_folder(split)) if _made_from(run_dir, file) != fingerprint])
+
+
+def count_chosen_maps(run_dir: RunDir, split: str) -> int:
+    """Images of a split that were forwarded again, for their map alone."""
+    count = 0
+    for file in run_dir.list(map_folder(split)):
+        if file.rsplit("/", 1)[-1].startswith(_CHOSEN):
+            with run_dir.open(file) as source:
+                reader = pa.ipc.open_file(source)
+                count += sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+    return count
+
+
+def _made_from(run_dir: RunDir, relative: str) -> str | None:
+    try:
+        with run_dir.open(relative) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+    except pa.ArrowInvalid:
+        return None
+    return metadata.get(_FINGERPRINT, b"").decode()
 
 
 class MapStore:
@@ -128,7 +154,7 @@ class MapGatherer:
         size = max(self._batch_size, _BLOCK_BYTES // map_bytes(self._classifier))
         for number, start in enumerate(range(0, len(missing), size)):
             block = missing[start : start + size]
-            relative = f"{map_folder(self.store.split)}/chosen-{name}-{number:04d}.arrow"
+            relative = f"{map_folder(self.store.split)}/{_CHOSEN}{name}-{number:04d}.arrow"
             write_maps(self.store.run_dir, relative, block, self._forward(block), self.store.fingerprint)
         return len(missing)
 

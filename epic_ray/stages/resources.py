@@ -4,6 +4,9 @@ import logging
 import os
 import resource
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,8 @@ from epic_ray.logs import quiet_ray
 
 MIB = 1024**2
 _LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
+# reads, decoding and the workers of the fit would wait for one another with fewer
+_LEAST_LOGICAL_CPUS = 4
 
 
 @dataclass(frozen=True)
@@ -36,20 +41,35 @@ def start_ray(local: bool = True) -> None:
         return
     quiet_ray()
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if not local:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        return
-    # at least four logical CPUs: with fewer, waiting actors can hold the CPUs that the reads need
-    cpus = max(4, os.cpu_count() or 1)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    where: dict[str, Any] = {}
+    if local:
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        where = {
+            "address": "local",
+            "num_cpus": max(_LEAST_LOGICAL_CPUS, os.cpu_count() or 1),
+            "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    with _held_back_stderr():
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
+
+
+@contextmanager
+def _held_back_stderr() -> Iterator[None]:
+    """Shows what is written to stderr, also from C++, only if what is done meanwhile fails."""
+    sys.stderr.flush()
+    real = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(real, held.read())
+            raise
+        finally:
+            os.dup2(real, 2)
+            os.close(real)
 
 
 def resolve_resources(config: ResourcesConfig) -> Resources:

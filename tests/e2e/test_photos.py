@@ -83,5 +83,5 @@ def test_predictions_equal_a_plain_torchvision_loop_image_by_image(architecture,
     assert record["logits"]["top1_agreement"] == 1.0
     assert record["basis"]["orthogonality_error"] <= 1e-5
     assert record["counts"]["decoded"] == record["counts"]["forwarded"] == record["counts"]["images"] == 400
-    # held out, 300 photos are too few for 1,280 channels: benchmarks/RESULTS.md has the figures of the whole set
+    # held out, 300 photos are too few for 1,280 channels: docs/epic.md has the figures of the whole set
     assert record["purity"]["after"]["train"]["at_5"] > 1.1 * record["purity"]["before"]["train"]["at_5"]

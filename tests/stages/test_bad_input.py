@@ -23,6 +23,7 @@ from epic_ray.errors import ConfigError, InputError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.features import FeatureActor
+from epic_ray.stages.fit import read_basis
 from epic_ray.stages.image_pass import cut_units, run_pass
 from epic_ray.stages.images import read_manifest
 from epic_ray.stages.loading import load
@@ -241,7 +242,7 @@ def test_bad_images_are_no_prototypes(attempt):
 
 
 def test_a_channel_that_is_never_active_is_fitted_and_has_purity_0(attempt):
-    basis = pipeline.read_basis(attempt.run_dir)
+    basis = read_basis(attempt.run_dir)
     assert basis.isfinite().all()
     assert attempt.record["basis"]["orthogonality_error"] <= 1e-5
     before = [row for row in attempt.rows("prototypes") if row["basis"] == "before" and row["channel"] == 0]

@@ -14,6 +14,7 @@ from epic_ray.errors import ConfigError
 from epic_ray.logs import Reporter
 from epic_ray.report.explained import Illustrator, draw_split, rows_of
 from epic_ray.run_dir import RunDir
+from epic_ray.stages.fit import read_basis
 from epic_ray.tables import read_tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -42,7 +43,7 @@ def test_every_held_out_image_has_its_strongest_channels(finished, explained):
     assert result.max_abs_difference <= 1e-4
     assert result.top1_agreement == 1.0
     assert len(rows) == 30 * 4
-    basis, classifier = pipeline.read_basis(run.run_dir), run.classifier
+    basis, classifier = read_basis(run.run_dir), run.classifier
     weight = classifier.weight @ basis.T
     for first in range(0, len(rows), 4):
         mine = rows[first : first + 4]

@@ -13,6 +13,7 @@ from epic_ray import pipeline
 from epic_ray.config import RunConfig
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir
+from epic_ray.stages.fit import read_basis
 from epic_ray.stages.loading import load
 from epic_ray.tables import TABLES
 
@@ -69,7 +70,7 @@ def test_prototypes_equal_a_brute_force_loop(settings, batch_size):
     assert (pooled - maps.mean(dim=1)).abs().max() < 1e-5
     rows = all_rows(run_dir, "prototypes")
     ties = 0
-    for basis_name, basis in (("before", torch.eye(maps.shape[2])), ("after", pipeline.read_basis(run_dir))):
+    for basis_name, basis in (("before", torch.eye(maps.shape[2])), ("after", read_basis(run_dir))):
         for sign_name, sign in (("positive", 1), ("negative", -1)):
             for channel in range(maps.shape[2]):
                 values = [sign * float(v.double() @ basis[channel].double()) for v in pooled]
@@ -139,7 +140,7 @@ def test_without_room_for_maps_only_chosen_images_are_forwarded_again(settings, 
     history = all_rows(run_dir, "history")
     assert history[0]["new_images"] == history[0]["images"] > 0
     assert sum(row["new_images"] for row in history) <= 90
-    difference = pipeline.read_basis(run_dir) - pipeline.read_basis(undisturbed[1])
+    difference = read_basis(run_dir) - read_basis(undisturbed[1])
     assert difference.abs().max() < 1e-4
 
 
@@ -149,9 +150,9 @@ def test_a_fit_with_two_workers_equals_one_process(settings, solver):
     fit = {"solver": solver, "adam": adam, "prototypes_per_channel": {"start": 12, "end": 5, "rounds": 2}}
     alone, run_alone = run_once(settings(name="alone", fit=fit | {"workers": 0}))
     together, run_together = run_once(settings(name="together", fit=fit | {"workers": 2}))
-    difference = pipeline.read_basis(run_alone) - pipeline.read_basis(run_together)
+    difference = read_basis(run_alone) - read_basis(run_together)
     assert difference.abs().max() <= 1e-5
-    assert (pipeline.read_basis(run_alone) - torch.eye(40)).abs().max() > 1e-2  # something was fitted
+    assert (read_basis(run_alone) - torch.eye(40)).abs().max() > 1e-2  # something was fitted
     for record in (alone, together):
         assert record["basis"]["orthogonality_error"] <= 1e-5
 
@@ -160,7 +161,7 @@ def test_the_run_record_says_what_a_plain_loop_finds(undisturbed):
     record, run_dir = undisturbed
     config = pipeline.read_config(run_dir)
     classifier = load(config.model)
-    basis = pipeline.read_basis(run_dir)
+    basis = read_basis(run_dir)
     ids, maps, logits = loop_over_images(config, "val")
     rebuilt = (maps.mean(dim=1) @ basis.T) @ (classifier.weight @ basis.T).T + classifier.bias
     labels = torch.tensor([("blue", "green", "red").index(name.split("/")[1]) for name in ids])
