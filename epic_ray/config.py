@@ -94,6 +94,8 @@ class DataConfig(Section):
         for split in splits:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", split):
                 raise ValueError(f"`{split}` is no split name; use letters, digits, `.`, `_` and `-`")
+            if not splits[split].strip("/"):
+                raise ValueError(f"`{split}` has no folder; write `.` for the data set's root itself")
         folders = {split: PurePosixPath(folder.strip("/")) for split, folder in splits.items()}
         for one, other in permutations(splits, 2):
             if folders[one].is_relative_to(folders[other]):

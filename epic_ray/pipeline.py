@@ -8,151 +8,53 @@ with it all that depends on it. Nothing here computes: it says what is made from
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from safetensors.torch import save as save_tensors
 
-from epic_ray.config import FITTING_SPLIT, RunConfig, build_config, differences, dump_config, fingerprint
+from epic_ray.config import FITTING_SPLIT, RunConfig, dump_config, fingerprint
 from epic_ray.errors import ConfigError, InputError, ResultError
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
-from epic_ray.method.classifier import SplitClassifier
 from epic_ray.record import basis_card, basis_notes, make_record
-from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, table_file
+from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config
+from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
 from epic_ray.stages import explanations, features, fit, images, prototypes
-from epic_ray.stages.image_pass import PassTotals, committed_units, cut_units, run_pass
-from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
-from epic_ray.stages.maps import drop_foreign_maps, keep_all_maps, map_bytes
-from epic_ray.stages.resources import Resources, resolve_resources, start_ray
+from epic_ray.stages.image_pass import committed_units, cut_units, run_pass
+from epic_ray.stages.loading import ClassNames, load, model_facts
+from epic_ray.stages.maps import map_bytes
+from epic_ray.stages.resources import Resources, likely_device, resolve_resources, start_ray
 from epic_ray.tables import build_table, read_table, write_table
 
-TRAIN_STAGES = ("images", "features", "fit", "prototypes")
-
-# Settings that decide where and how fast, but not what: a run may be continued with others.
-_FREE_SETTINGS = (
-    "data.max_failed_fraction",
-    "resources.feature_actors",
-    "resources.gpus_per_actor",
-    "fit.workers",
-    "explain.",
-    "output.",
-)
-
-
-@dataclass
-class Run:
-    """A run in progress: its settings, the classifier, the images, and the fingerprints of its stages."""
-
-    config: RunConfig
-    run_dir: RunDir
-    reporter: Reporter
-    classifier: SplitClassifier
-    classes: ClassNames
-    manifests: dict[str, pa.Table]
-    counts: dict[str, int] = field(default_factory=lambda: {"decoded": 0, "forwarded": 0})
-    peak_memory: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def maps_kept(self) -> bool:
-        counts = [table.num_rows for table in self.manifests.values()]
-        return keep_all_maps(counts, self.classifier, self.config.features.map_budget_bytes)
-
-    def fingerprints(self) -> dict[str, str]:
-        """What each stage is made from; a stage's own contains those it builds on."""
-        config, resources = self.config, self.config.resources
-        listed = images.images_fingerprint(config.data, self.manifests)
-        arithmetic = resources.model_dump(include={"batch_size", "precision", "device", "threads_per_actor"})
-        passed = fingerprint(
-            listed,
-            model_facts(config.model, self.classifier),
-            config.features.model_dump(include={"dtype", "unit_size"}),
-            self.maps_kept,
-            arithmetic,
-        )
-        fitted = fingerprint(passed, config.fit.model_dump(exclude={"workers"}))
-        final = fingerprint(fitted, config.prototypes.model_dump(), config.held_out_split)
-        return {"images": listed, "features": passed, "fit": fitted, "prototypes": final}
-
-    def stage(self, name: str, made_from: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The mark of a stage: its own of old where nothing changed, else that of the work done now."""
-        mark = self.run_dir.read_mark(name)
-        if mark and mark["fingerprint"] == made_from:
-            self.reporter.say(f"{name}: reused")
-            return mark
-        self.run_dir.drop_mark(name)
-        if name in TRAIN_STAGES and self.run_dir.exists(RUN):
-            self.run_dir.delete([RUN])  # of the run as it was; the folder is unfinished until the new one stands
-        start = time.monotonic()
-        facts = work()
-        return self.run_dir.write_mark(name, made_from, time.monotonic() - start, **facts)
-
-    def count(self, decoded: int, forwarded: int) -> None:
-        self.counts["decoded"] += decoded
-        self.counts["forwarded"] += forwarded
-
-
 # --- train
-
-
-def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
-    """Loads the classifier and lists the images; writes nothing. Raises what stands against the run."""
-    config = resolve_paths(config)
-    run_dir = RunDir(f"{config.output.root}/{config.name}")
-    _demand_same_settings(config, run_dir, force)
-    return prepare(config, run_dir, reporter)
-
-
-def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
-    """The run's classifier, proved, and its images, listed."""
-    listings = [images.list_split(config.data, split) for split in config.data.splits]
-    classifier = load(config.model)
-    classes = ClassNames.of(classifier, images.class_folders(config.data, listings))
-    manifests = {}
-    for listing in listings:
-        images.report_listing(reporter, listing)
-        manifests[listing.split] = images.build_manifest(config.data, listing, classes, config.data.root)
-    return Run(config, run_dir, reporter, classifier, classes, manifests)
-
-
-def _demand_same_settings(config: RunConfig, run_dir: RunDir, force: bool) -> None:
-    if force or not run_dir.exists(CONFIG):
-        return
-    changed = [line for line in differences(read_config(run_dir), config) if not line.startswith(_FREE_SETTINGS)]
-    if changed:
-        listed = "\n".join(f"  {line}" for line in changed)
-        raise ConfigError(
-            f"{run_dir}: holds a run with other settings\n{listed}\n"
-            "choose another name (--set name=...), or pass --force to redo here what depends on them"
-        )
-
-
-def read_config(run_dir: RunDir) -> RunConfig:
-    """The settings that a run was made with. Raises ResultError for a file that is no YAML, ConfigError for others."""
-    import yaml
-
-    where = run_dir.show(CONFIG)
-    try:
-        values = yaml.safe_load(run_dir.read_bytes(CONFIG))
-    except yaml.YAMLError as error:
-        raise ResultError(f"{where}: is no YAML ({error}); remove it and run again") from None
-    return build_config(values, where)
 
 
 def train(config: RunConfig, reporter: Reporter, force: bool = False, local: bool = True) -> dict[str, Any]:
     """Fits U and writes the run folder; gives what `run.json` says. A finished stage is reused."""
     start = time.monotonic()
     run = open_run(config, reporter, force)
-    run.run_dir.publish_bytes(CONFIG, dump_config(run.config).encode())
+    settings = dump_config(run.config).encode()
+    if not run.run_dir.exists(CONFIG):
+        run.run_dir.publish_bytes(CONFIG, settings)  # a place that cannot be written is told before anything starts
     run.reporter.say(f"{run.config.name}: {_describe(run)}")
     start_ray(local)
     resources = resolve_resources(run.config.resources)
-    made_from = run.fingerprints()
+    made_from = run.fingerprints(resources.device)
+    if not all(run.reusable(name, made_from[name]) for name in TRAIN_STAGES):
+        run.run_dir.delete([file for file in (RUN,) if run.run_dir.exists(file)])  # before its settings are replaced
+    run.run_dir.publish_bytes(CONFIG, settings)
+    # maps that were deleted to save space are made again only for a stage that reads them
+    maps_wanted = run.maps_kept and not all(run.reusable(name, made_from[name]) for name in ("fit", "prototypes"))
     marks = {
         "images": run.stage("images", made_from["images"], lambda: _images(run)),
-        "features": run.stage("features", made_from["features"], lambda: _features(run, resources, made_from)),
+        "features": run.stage(
+            "features",
+            made_from["features"],
+            lambda: _features(run, resources, made_from["features"]),
+            whole=lambda: not _units_to_do(run, made_from["features"], maps_wanted),
+        ),
     }
     # of a reused pass too: the limit may have changed since
     features.check_failures(run.run_dir, list(run.manifests), run.config.data.max_failed_fraction)
@@ -187,6 +89,9 @@ def _describe(run: Run) -> str:
 
 
 def _images(run: Run) -> dict[str, Any]:
+    for split in {file.split("/")[2].removesuffix(".parquet") for file in run.run_dir.list("tables/manifest")}:
+        if split not in run.manifests:
+            run.run_dir.delete(split_files(run.run_dir, split))  # a split that the settings no longer have
     classes = {
         "class_index": pa.array(range(len(run.classes.names)), pa.int32()),
         "name": run.classes.names,
@@ -198,21 +103,22 @@ def _images(run: Run) -> dict[str, Any]:
     return {"rows": rows, "bytes": size_bytes, "class_names_from": run.classes.origin}
 
 
-def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
-    units = []
-    for split, manifest in run.manifests.items():
-        # removes what other settings have left
-        committed_units(run.run_dir, "features", split, made_from["features"])
-        drop_foreign_maps(run.run_dir, split, made_from["features"])
-        done = committed_units(run.run_dir, "images", split, made_from["features"])
-        units += [
-            unit for number, unit in enumerate(cut_units(manifest, run.config.features.unit_size)) if number not in done
-        ]
+def _units_to_do(run: Run, made_from: str, maps_wanted: bool) -> list[pa.Table]:
+    size = run.config.features.unit_size
+    return [
+        unit
+        for split, manifest in run.manifests.items()
+        for unit in features.units_to_do(run.run_dir, split, manifest, size, made_from, maps_wanted)
+    ]
+
+
+def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
+    units = _units_to_do(run, made_from, run.maps_kept)
     arguments = {
         "run_dir": run.run_dir,
         "model": run.config.model,
         "resources": resources,
-        "fingerprint": made_from["features"],
+        "fingerprint": made_from,
         "keep_maps": run.maps_kept,
     }
     preprocessing = run.classifier.preprocessing
@@ -227,6 +133,7 @@ def _features(run: Run, resources: Resources, made_from: dict[str, str]) -> dict
         "failures": reasons,
         "images_done_here": totals.images,
         "maps_kept": run.maps_kept,
+        "actors": len(totals.actors),
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
 
@@ -284,9 +191,8 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
         "prototypes": 100 * channels * 4 * run.config.prototypes.per_channel,
     }
     stages = []
-    for name, made_from in run.fingerprints().items():
-        mark = run.run_dir.read_mark(name)
-        reused = bool(mark and mark["fingerprint"] == made_from)
+    for name, made_from in run.fingerprints(likely_device(config.resources)).items():
+        reused = run.reusable(name, made_from) is not None
         stages.append({"stage": name, "reused": reused, "rough_bytes": size[name]})
     return {
         "run": str(run.run_dir),
@@ -362,13 +268,15 @@ def explain(
         totals = run_pass(
             f"explain {split}", explanations.ExplainActor, arguments, todo, preprocessing, resources, run.reporter
         )
-        _demand_few_failures(totals, split, config.data.max_failed_fraction)
+        facts = committed_units(run.run_dir, "explanations", split, made_from).values()
+        failed, readable = sum(unit.failed for unit in facts), sum(unit.readable for unit in facts)
+        _demand_few_failures(failed, manifest.num_rows, split, config.data.max_failed_fraction)
         return {
             "rows": manifest.num_rows,
-            "failed": totals.failed,
+            "failed": failed,
             "forwarded": totals.forwarded,
-            "max_abs_difference": totals.max_abs_difference,
-            "top1_agreement": totals.agreeing / max(totals.images - totals.failed, 1),
+            "max_abs_difference": max((unit.max_abs_difference for unit in facts), default=0.0),
+            "top1_agreement": sum(unit.agreeing for unit in facts) / max(readable, 1),
         }
 
     mark = run.stage(f"explanations-{split}", made_from, work)
@@ -383,9 +291,9 @@ def _spread(manifest: pa.Table, limit: int | None) -> pa.Table:
     return manifest.take(pa.array([row * manifest.num_rows // limit for row in range(limit)]))
 
 
-def _demand_few_failures(totals: PassTotals, split: str, max_failed_fraction: float) -> None:
-    if totals.images and totals.failed / totals.images > max_failed_fraction:
+def _demand_few_failures(failed: int, images: int, split: str, max_failed_fraction: float) -> None:
+    if failed > max_failed_fraction * images:
         raise InputError(
-            f"{split}: {totals.failed} of {totals.images} images failed, above data.max_failed_fraction "
+            f"{split}: {failed} of {images} images failed, above data.max_failed_fraction "
             f"({max_failed_fraction:.1%}); mend them or raise the limit"
         )

@@ -40,6 +40,16 @@ def map_folder(split: str) -> str:
     return f"maps/{split}"
 
 
+def split_files(run_dir: "RunDir", split: str) -> list[str]:
+    """Every file of a run that belongs to one split alone."""
+    found = []
+    for file in run_dir.list("tables") + run_dir.list("maps") + run_dir.list(PICTURES):
+        place = file.split("/")[2 if file.startswith("tables/") else 1]
+        if place in (split, f"{split}.parquet"):
+            found.append(file)
+    return found
+
+
 def round_file(number: int) -> str:
     return f"fit/round-{number:03d}.pt"
 

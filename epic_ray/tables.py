@@ -162,7 +162,7 @@ TABLES = {
                     "moved", pa.float64(), "mean over channels of 1 - |cosine| of U's row before and after the round"
                 ),
                 Column("steps", pa.int32(), "updates of U in the round"),
-                Column("loss", pa.float64(), "mean loss over the round's steps (adam)", nullable=True),
+                Column("loss", pa.float64(), "mean loss over the round's last epoch (adam)", nullable=True),
                 Column("images", pa.int64(), "distinct images among the round's prototypes"),
                 Column("new_images", pa.int64(), "of these, images that had to be forwarded for their map"),
                 Column("orthogonality_error", pa.float64(), "largest |entry| of U·Uᵀ - I after the round"),

@@ -103,11 +103,12 @@ def _explain_files(run: Any, files: list[Path], out: Path, as_json: bool) -> Non
     options = run.config.explain
     illustrator = Illustrator(run, options.prototypes_per_channel)
     results: list[dict[str, Any]] = []
+    taken: set[Path] = set()
     for path in files:
         uri = str(path.absolute())
         seen, explained = illustrator.explain(uri, options.channels_per_image, options.rank_by)
         rows = rows_of(explained, run, seen.image.size)
-        target = out / f"{safe_name(path.name)}-explained.png"
+        target = _target(out, safe_name(path.name), taken)
         try:
             out.mkdir(parents=True, exist_ok=True)
             illustrator.draw(path.name, uri, rows).save(target)
@@ -127,3 +128,11 @@ def _explain_files(run: Any, files: list[Path], out: Path, as_json: bool) -> Non
                 f"  purity {row['purity']:.2f}"
             )
         print(f"  picture {result['picture']}")
+
+
+def _target(out: Path, name: str, taken: set[Path]) -> Path:
+    """The picture's file; images of one name in different folders get a number."""
+    candidates = (out / f"{name}{number}-explained.png" for number in ("", *(f"-{n}" for n in range(2, 10_000))))
+    target = next(path for path in candidates if path not in taken)
+    taken.add(target)
+    return target

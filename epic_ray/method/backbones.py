@@ -284,7 +284,7 @@ def _merge_preprocessing(
             merged = replace(own, **({"resize_mode": ""} if "resize" in changes else {}) | changes)
     except (TypeError, ValueError) as error:
         raise InputError(f"model.preprocessing: {error}") from error
-    if merged.resize_mode == "short" and isinstance(merged.resize, int) and merged.resize < min(merged.crop):
+    if merged.resize_mode == "short" and isinstance(merged.resize, int) and merged.resize < max(merged.crop):
         raise InputError(
             f"model.preprocessing: resize {merged.resize} is below the crop {merged.crop}, so that every image would "
             "get a black border; set both"

@@ -184,14 +184,27 @@ class Preprocessing:
         (width, height). Mapped back through crop and resize and clipped to the image: a cell that lies wholly in
         padding gets a box without area at the image's edge. [ours]
         """
+        boxes = self._unclipped_boxes(cells, grid, image_sizes_px)
+        return boxes.clip(0, np.tile(image_sizes_px, 2)).astype(np.float32)
+
+    def grid_box(self, image_size_px: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The region (x0, y0, x1, y1) of an upright original of (width, height) that the crop shows.
+
+        Reaches outside the image where the crop was padded. [ours]
+        """
+        x0, y0, x1, y1 = self._unclipped_boxes(np.zeros((1, 2), np.int64), (1, 1), np.array([image_size_px]))[0]
+        return float(x0), float(y0), float(x1), float(y1)
+
+    def _unclipped_boxes(
+        self, cells: Int[np.ndarray, "n 2"], grid: tuple[int, int], image_sizes_px: Int[np.ndarray, "n 2"]
+    ) -> Float[np.ndarray, "n 4"]:
         sizes = image_sizes_px.astype(np.float64)
         resized = self._resized_sizes(image_sizes_px)
         offsets = self._crop_offsets(resized)
         cell_px = np.array([self.crop[1] / grid[1], self.crop[0] / grid[0]])
         first = cells[:, ::-1] * cell_px
         scale = sizes / resized
-        corners = [(first + offsets) * scale, (first + cell_px + offsets) * scale]
-        return np.concatenate([np.clip(c, 0, sizes) for c in corners], axis=1).astype(np.float32)
+        return np.concatenate([(first + offsets) * scale, (first + cell_px + offsets) * scale], axis=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same object back."""

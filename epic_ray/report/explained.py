@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from epic_ray.config import FITTING_SPLIT
-from epic_ray.errors import InputError
+from epic_ray.errors import InputError, ResultError
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import absorb
 from epic_ray.method.explanation import Explained, explain_maps
@@ -27,10 +27,10 @@ from epic_ray.run_dir import PICTURES, table_file, table_folder
 from epic_ray.stages.fit import read_basis
 from epic_ray.stages.images import read_image_bytes, read_manifest
 from epic_ray.stages.prototypes import SIGN_NAMES
-from epic_ray.stages.resources import take_device
+from epic_ray.stages.resources import likely_device, take_device
 from epic_ray.tables import read_table, read_tables, to_numpy
 
-_CACHED_IMAGES = 256
+_CACHED_IMAGES = 48  # originals in full size: a large photo takes 70 MB
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Illustrator:
 
     def __init__(self, run: Run, prototypes_per_channel: int) -> None:
         config = run.config
-        device = "cuda" if config.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
-        self._device = take_device(device, torch.get_num_threads())
+        self._device = take_device(likely_device(config.resources), torch.get_num_threads())
         self._run, self._classifier = run, run.classifier.to(self._device)
         self._basis = read_basis(run.run_dir).to(self._device)
         self._weight = absorb(self._classifier.weight, self._basis)
@@ -74,13 +73,20 @@ class Illustrator:
 
     def draw(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> Image.Image:
         """The picture of one image from its rows of the table `explanations`, strongest channel first."""
-        return draw_explanation(self.compose(image_id, uri, rows))
+        picture = self.compose(image_id, uri, rows)
+        try:
+            return draw_explanation(picture)
+        except ValueError as error:
+            raise ResultError(f"{error}; its file or the classifier changed since: explain the split again") from error
 
     def compose(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> ExplanationPicture:
         """What that picture shows: numbers from the rows, images from the files that the rows name."""
         first, seen = rows[0], self._see(uri)
         names = self._run.classes.names
         bias = float(self._classifier.bias[first["predicted"]])
+        shares = self._weight[first["predicted"]] * (self._basis @ seen.maps[0].mean(dim=(1, 2)))
+        others = torch.ones_like(shares, dtype=torch.bool)
+        others[[row["channel"] for row in rows]] = False
         return ExplanationPicture(
             image_id=image_id,
             image=seen.image,
@@ -89,7 +95,7 @@ class Illustrator:
             logit=first["logit"],
             probability=first["probability"],
             bias=bias,
-            rest=first["logit"] - bias - sum(row["share"] for row in rows),
+            rest=float(shares[others].sum()),
             rows=tuple(self._channel(seen, row) for row in rows),
             footer=f"{self._run.config.name} · {self._run.config.model.architecture} · EPIC basis",
         )
@@ -112,19 +118,14 @@ class Illustrator:
         try:
             return self._tile(self._see(self._uris[row["image_id"]]), row, caption)
         except (ImageError, OSError):
-            return Tile(None, None, _box(row), _box(row), caption)
+            return Tile(None, None, (0.0, 0.0, 1.0, 1.0), None, caption)
 
     def _tile(self, seen: Seen, row: dict[str, Any], caption: str) -> Tile:
         sign = 1.0 if row["sign"] == "positive" else -1.0
         heat = sign * torch.einsum("d,dhw->hw", self._basis[row["channel"]], seen.maps[0])
-        return Tile(seen.image, heat.cpu().numpy(), self._grid_box(seen.image), _box(row), caption)
-
-    def _grid_box(self, image: Image.Image) -> tuple[float, float, float, float]:
-        """The region of the original that all cells together cover."""
-        grid = self._classifier.grid
-        corners = np.array([[0, 0], [grid[0] - 1, grid[1] - 1]])
-        boxes = self._classifier.preprocessing.cell_boxes(corners, grid, np.array([image.size, image.size]))
-        return (float(boxes[0, 0]), float(boxes[0, 1]), float(boxes[1, 2]), float(boxes[1, 3]))
+        box = _box(row)
+        grid_box = self._classifier.preprocessing.grid_box(seen.image.size)
+        return Tile(seen.image, heat.cpu().numpy(), grid_box, box, caption if box else f"{caption} (peak in padding)")
 
     def _look(self, uri: str) -> Seen:
         image = decode_image(read_image_bytes(uri))
@@ -134,9 +135,10 @@ class Illustrator:
         return Seen(image, maps, logits)
 
 
-def _box(row: dict[str, Any]) -> tuple[float, float, float, float]:
+def _box(row: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    """The row's peak box, or None for a peak in the padding around the image."""
     left, top, right, bottom = map(float, row["box_xyxy_px"])
-    return left, top, right, bottom
+    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def rows_of(explained: Explained, run: Run, image_size: tuple[int, int], label: int | None = None) -> list[dict]:

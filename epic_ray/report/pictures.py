@@ -45,14 +45,15 @@ class Tile:
 
     `image` is the upright RGB original, or None where the file has vanished. `heat` (H, W) is the activation over the
     cells, strong = large also for negative prototypes; values below 0 show as none. Both boxes are (x0, y0, x1, y1) in
-    pixels of the original: the region that the H x W grid covers, and the peak cell. `caption` is
+    pixels of the original: the region that the H x W grid covers, and the peak cell (None where it lies in padding,
+    outside the image). `caption` is
     "class · purity · file name".
     """
 
     image: Image.Image | None
     heat: np.ndarray | None
     grid_box_xyxy_px: tuple[float, float, float, float]
-    peak_box_xyxy_px: tuple[float, float, float, float]
+    peak_box_xyxy_px: tuple[float, float, float, float] | None
     caption: str
 
 
@@ -328,13 +329,16 @@ def _draw_tile(tile: Tile, sheet: _Sheet) -> Image.Image:
         label.write(54, TILE / 2 - 10, TILE - 54, "missing", 15, GREY, bold=True)
         return label.picture
     check_box(tile.grid_box_xyxy_px)
-    check_box(tile.peak_box_xyxy_px)
-    view = _union(tile.grid_box_xyxy_px, tile.peak_box_xyxy_px)
+    view = tile.grid_box_xyxy_px
+    if tile.peak_box_xyxy_px is not None:
+        check_box(tile.peak_box_xyxy_px)
+        view = _union(view, tile.peak_box_xyxy_px)
     zoom = side / max(view[2] - view[0], view[3] - view[1])
     photo = _cut(tile.image, view, zoom)
     if tile.heat is not None:
         photo = heat_overlay(photo, tile.heat, _zoomed(tile.grid_box_xyxy_px, view, zoom))
-    photo = outline(photo, _zoomed(tile.peak_box_xyxy_px, view, zoom), max(sheet.px(3), 3))
+    if tile.peak_box_xyxy_px is not None:
+        photo = outline(photo, _zoomed(tile.peak_box_xyxy_px, view, zoom), max(sheet.px(3), 3))
     square.paste(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
     return square
 

@@ -12,7 +12,7 @@ from epic_ray.method.explanation import Explained, explain_maps
 from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.run_dir import RunDir, unit_file
 from epic_ray.stages.features import NON_FINITE
-from epic_ray.stages.image_pass import Committed, Unit, UnitActor
+from epic_ray.stages.image_pass import Unit, UnitActor, UnitFacts
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.resources import Resources
 from epic_ray.tables import TABLES, build_table, write_table
@@ -36,7 +36,7 @@ class ExplainActor(UnitActor):
         self._weight = absorb(self.classifier.weight, self._basis)
         self._count, self._rank_by = channels_per_image, rank_by
 
-    def commit(self, unit: Unit, readable: np.ndarray) -> Committed:
+    def commit(self, unit: Unit, readable: np.ndarray) -> int:
         parts = [
             explain_maps(maps, logits, self._weight, self.classifier.bias, self._basis, self._count, self._rank_by)
             for _, maps, logits in self.forward(unit.pixels, readable)
@@ -45,10 +45,11 @@ class ExplainActor(UnitActor):
         for row in readable[~finite]:
             unit.reasons[row] = NON_FINITE
         table = explanation_table(unit, readable, parts, self.classifier.grid, self.classifier.preprocessing)
-        table = table.replace_schema_metadata((table.schema.metadata or {}) | self.metadata)
-        written = write_table(self.run_dir, unit_file("explanations", unit.split, unit.number), table)
         difference, agrees = _joined(parts, "difference")[finite], _joined(parts, "agrees")[finite]
-        return Committed(written, float(difference.max(initial=0)), int(agrees.sum()))
+        good = int(finite.sum())
+        facts = UnitFacts(good, unit.rows.num_rows - good, float(difference.max(initial=0)), int(agrees.sum()))
+        table = table.replace_schema_metadata((table.schema.metadata or {}) | self.metadata(facts))
+        return write_table(self.run_dir, unit_file("explanations", unit.split, unit.number), table)
 
 
 def _joined(parts: list[Explained], name: str) -> np.ndarray:

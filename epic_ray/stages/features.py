@@ -12,8 +12,8 @@ import torch
 from epic_ray.config import FITTING_SPLIT, ModelConfig
 from epic_ray.errors import InputError
 from epic_ray.run_dir import RunDir, table_folder, unit_file
-from epic_ray.stages.image_pass import FINGERPRINT_KEY, Committed, Unit, UnitActor
-from epic_ray.stages.maps import cells_last, unit_map_file, write_maps
+from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units, cut_units
+from epic_ray.stages.maps import cells_last, committed_map_units, unit_map_file, write_maps
 from epic_ray.stages.resources import Resources
 from epic_ray.tables import build_table, read_metadata, read_tables, to_numpy, write_table
 
@@ -29,13 +29,15 @@ class FeatureActor(UnitActor):
         super().__init__(run_dir, model, resources, fingerprint)
         self._keep_maps = keep_maps
 
-    def commit(self, unit: Unit, readable: np.ndarray) -> Committed:
+    def commit(self, unit: Unit, readable: np.ndarray) -> int:
         results = self._compute(unit, readable)
         finite = results.finite
         for row in readable[~finite]:
             unit.reasons[row] = NON_FINITE
         good = readable[finite]
         names = (unit.split, unit.number)
+        difference, agreeing = float(results.difference[finite].max(initial=0)), int(results.agrees[finite].sum())
+        about = self.metadata(UnitFacts(len(good), unit.rows.num_rows - len(good), difference, agreeing))
         written = 0
         if self._keep_maps and len(good):
             positions = to_numpy(unit.column("position", good))
@@ -44,10 +46,11 @@ class FeatureActor(UnitActor):
             )
         if len(good):
             written += write_table(
-                self.run_dir, unit_file("features", *names), self._features(unit, good, results, finite)
+                self.run_dir, unit_file("features", *names), self._features(unit, good, results, finite, about)
             )
-        written += write_table(self.run_dir, unit_file("images", *names), self._images(unit, good, results))
-        return Committed(written, float(results.difference[finite].max(initial=0)), int(results.agrees[finite].sum()))
+        return written + write_table(
+            self.run_dir, unit_file("images", *names), self._images(unit, good, results, about)
+        )
 
     def _compute(self, unit: Unit, readable: np.ndarray) -> "_Results":
         classifier, count = self.classifier, len(readable)
@@ -70,14 +73,16 @@ class FeatureActor(UnitActor):
                 results.maps[rows] = cells_last(maps).cpu().numpy()
         return results
 
-    def _features(self, unit: Unit, good: np.ndarray, results: "_Results", finite: np.ndarray) -> pa.Table:
+    def _features(
+        self, unit: Unit, good: np.ndarray, results: "_Results", finite: np.ndarray, about: dict[str, str]
+    ) -> pa.Table:
         columns: dict[str, Any] = {name: unit.column(name, good) for name in ("split", "position", "image_id")}
         columns["pooled"] = results.pooled[finite]
         if unit.split != FITTING_SPLIT:
             columns["logits"] = results.logits[finite]
-        return build_table("features", columns, self.metadata)
+        return build_table("features", columns, about)
 
-    def _images(self, unit: Unit, good: np.ndarray, results: "_Results") -> pa.Table:
+    def _images(self, unit: Unit, good: np.ndarray, results: "_Results", about: dict[str, str]) -> pa.Table:
         count, rows = unit.rows.num_rows, unit.rows
         absent = np.ones(count, bool)
         absent[good] = False
@@ -100,7 +105,7 @@ class FeatureActor(UnitActor):
             "probability": spread(results.probability, np.float32),
             "split_difference": spread(results.difference, np.float32),
         }
-        return build_table("images", columns, self.metadata)
+        return build_table("images", columns, about)
 
 
 @dataclass
@@ -124,6 +129,24 @@ class _Results:
     def finite(self) -> np.ndarray:
         finite: np.ndarray = np.isfinite(self.pooled).all(axis=1) & np.isfinite(self.logits).all(axis=1)
         return finite
+
+
+def units_to_do(
+    run_dir: RunDir, split: str, manifest: pa.Table, unit_size: int, fingerprint: str, maps_wanted: bool
+) -> list[pa.Table]:
+    """The units of a split of which a file is missing; what other settings have left is removed.
+
+    A unit is done where its statuses are committed, and with them its features and (where wanted) its maps.
+    """
+    featured = committed_units(run_dir, "features", split, fingerprint)
+    mapped = committed_map_units(run_dir, split, fingerprint)
+    statuses = committed_units(run_dir, "images", split, fingerprint)
+    done = {
+        number
+        for number, facts in statuses.items()
+        if not facts.readable or (number in featured and (number in mapped or not maps_wanted))
+    }
+    return [unit for number, unit in enumerate(cut_units(manifest, unit_size)) if number not in done]
 
 
 def feature_files(run_dir: RunDir, split: str, fingerprint: str) -> list[str]:

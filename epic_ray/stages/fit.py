@@ -5,7 +5,7 @@ lists and one (D, D) matrix travel. Rank 0 publishes `fit/round-NNN.pt`; whoever
 """
 
 import io
-import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from epic_ray.config import FITTING_SPLIT, RunConfig
-from epic_ray.errors import EpicError, ResultError, RunFailed
+from epic_ray.errors import ClusterError, EpicError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
 from epic_ray.method.schedule import prototypes_per_round
@@ -43,10 +43,12 @@ from epic_ray.stages.features import feature_files
 from epic_ray.stages.images import read_manifest
 from epic_ray.stages.loading import load
 from epic_ray.stages.maps import MapGatherer, MapStore
-from epic_ray.stages.resources import Resources, first_cause, peak_memory_bytes, take_device
+from epic_ray.stages.resources import Resources, available_cores, first_cause, peak_memory_bytes, take_device
 from epic_ray.stages.search import pooled_blocks, search_files
 
 _POLL_SECONDS = 0.5
+_ROUND = re.compile(r"fit/round-(\d+)\.pt")
+_RAY_TRAIN_FOLDER = ".ray-train"
 _QUARTIMAX_ITERATIONS = 10
 # below, a matrix product takes less time than its threads wait for one another on a busy machine
 _CHANNELS_WORTH_THREADS = 256
@@ -85,23 +87,34 @@ def fit_basis(job: FitJob, reporter: Reporter) -> FitResult:
         train_loop_config={"job": job},
         scaling_config=scaling,
         torch_config=None if on_gpu else TorchConfig(backend="gloo"),
+        # its own bookkeeping; what a fit leaves is in `fit/`
+        run_config=ray.train.RunConfig(name="fit", storage_path=job.run_dir.show(_RAY_TRAIN_FOLDER)),
     )
     try:
         with _progress(job, rounds, reporter):
+            job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
             trainer.fit()
     except EpicError:
         raise
     except Exception as error:
         raise first_cause(error, "fit") from error
+    finally:
+        job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
     last = read_round(job.run_dir, rounds)
     return FitResult(last["basis"], last["history"], last["decoded"], last["forwarded"], last["peak_memory_bytes"])
 
 
 def _worker_count(job: FitJob) -> int:
+    """Processes of the fit. Raises ClusterError for more than Ray could ever start."""
+    on_gpu = job.resources.device == "cuda"
+    most = job.resources.cluster_gpus if on_gpu else job.resources.cluster_cpus
     workers = job.config.fit.workers
-    if workers != "auto":
-        return workers
-    return job.resources.cluster_gpus if job.resources.device == "cuda" and job.resources.cluster_gpus > 1 else 0
+    if workers == "auto":
+        # in this process where it can do the work itself: no start-up, nothing to send
+        return most if on_gpu and (most > 1 or not torch.cuda.is_available()) else 0
+    if workers > most:
+        raise ClusterError(f"fit.workers: {workers} asked, but Ray has {most} {'GPU' if on_gpu else 'CPU'}(s)")
+    return workers
 
 
 @contextmanager
@@ -134,12 +147,19 @@ def _progress(job: FitJob, rounds: int, reporter: Reporter) -> Iterator[None]:
 
 
 def finished_rounds(run_dir: RunDir) -> int:
-    names = [file.rsplit("-", 1)[1].removesuffix(".pt") for file in run_dir.list("fit")]
-    return max(map(int, names), default=0)
+    numbers = [_ROUND.fullmatch(file) for file in run_dir.list("fit")]
+    return max((int(found[1]) for found in numbers if found), default=0)
 
 
 def read_round(run_dir: RunDir, number: int) -> dict[str, Any]:
-    return torch.load(io.BytesIO(run_dir.read_bytes(round_file(number))), weights_only=True)
+    """What a round left, on the CPU. Raises ResultError for a file that is not whole."""
+    try:
+        return torch.load(io.BytesIO(run_dir.read_bytes(round_file(number))), map_location="cpu", weights_only=True)
+    except ResultError:
+        raise
+    except Exception as error:  # torch's unpickler ends in many kinds of error on bytes that are none of its own
+        where = run_dir.show(round_file(number))
+        raise ResultError(f"{where}: is no whole round of a fit ({error}); remove it and run again") from None
 
 
 def drop_foreign_rounds(run_dir: RunDir, fingerprint: str) -> None:
@@ -199,7 +219,7 @@ class _Worker:
         self.device = take_device(job.resources.device, 1)
         self.source = StoredMaps(job, self.reducer, self.device)
         if self.source.channel_count >= _CHANNELS_WORTH_THREADS:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.reducer.world))
+            torch.set_num_threads(max(1, available_cores() // self.reducer.world))
         self.history: list[dict[str, Any]] = []
 
     def run(self) -> None:

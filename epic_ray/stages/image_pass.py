@@ -6,9 +6,12 @@ files itself, the one that commits it last.
 """
 
 import gc
+import json
+import os
+import socket
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,7 @@ from epic_ray.stages.resources import Resources, first_cause, peak_memory_bytes,
 from epic_ray.tables import read_metadata, to_numpy
 
 FINGERPRINT_KEY = "epic_ray.fingerprint"
+_FACTS_KEY = "epic_ray.unit"
 _IMAGE_COLUMN = "image"
 
 
@@ -44,8 +48,7 @@ class PassTotals:
     units: int = 0
     bytes_written: int = 0
     peak_memory_bytes: int = 0
-    max_abs_difference: float = 0.0
-    agreeing: int = 0
+    actors: set[str] = field(default_factory=set)
 
     def add(self, summary: dict[str, Any]) -> None:
         self.images += summary["images"]
@@ -55,8 +58,7 @@ class PassTotals:
         self.units += 1
         self.bytes_written += summary["bytes_written"]
         self.peak_memory_bytes = max(self.peak_memory_bytes, summary["peak_memory_bytes"])
-        self.max_abs_difference = max(self.max_abs_difference, summary["max_abs_difference"])
-        self.agreeing += summary["agreeing"]
+        self.actors.add(summary["actor"])
 
 
 def cut_units(manifest: pa.Table, unit_size: int) -> list[pa.Table]:
@@ -68,16 +70,31 @@ def cut_units(manifest: pa.Table, unit_size: int) -> list[pa.Table]:
     return units
 
 
-def committed_units(run_dir: RunDir, table: str, split: str, fingerprint: str) -> set[int]:
-    """Numbers of the units whose committing file was made from `fingerprint`; files of another are removed."""
-    committed, stale = set(), []
+@dataclass(frozen=True)
+class UnitFacts:
+    """What the file that commits a unit says of it, in its metadata: so that it counts whoever computed it, and when.
+
+    readable: images with results. failed: images without. max_abs_difference: the largest of the rebuilt logits from
+    the classifier's own. agreeing: readable images whose rebuilt logits have the same largest.
+    """
+
+    readable: int
+    failed: int
+    max_abs_difference: float
+    agreeing: int
+
+
+def committed_units(run_dir: RunDir, table: str, split: str, fingerprint: str) -> dict[int, UnitFacts]:
+    """The units with a whole file made from `fingerprint`, and their facts; files of another make are removed."""
+    committed, stale = {}, []
     for relative in run_dir.list(table_folder(table, split)):
         try:
-            made_from = read_metadata(run_dir, relative).get(FINGERPRINT_KEY)
+            about = read_metadata(run_dir, relative)
         except ResultError:
-            made_from = None  # torn: written by something else than `publish`
-        if made_from == fingerprint:
-            committed.add(int(relative.rsplit("-", 1)[1].removesuffix(".parquet")))
+            about = {}  # torn: written by something else than `publish`
+        if about.get(FINGERPRINT_KEY) == fingerprint:
+            number = int(relative.rsplit("-", 1)[1].removesuffix(".parquet"))
+            committed[number] = UnitFacts(**json.loads(about[_FACTS_KEY]))
         else:
             stale.append(relative)
     run_dir.delete(stale)
@@ -126,8 +143,8 @@ class DecodeUnit:
     def _decode(self, uri: str, pixels: np.ndarray, sizes: np.ndarray, row: int) -> str | None:
         try:
             image = decode_image(read_image_bytes(uri))
-            sizes[row] = image.size
             pixels[row] = self._preprocessing.apply(image)
+            sizes[row] = image.size
         except (ImageError, OSError) as error:
             return " ".join(str(error).split()) or type(error).__name__
         return None
@@ -163,15 +180,6 @@ class Unit:
         return self.rows[name].take(pa.array(rows))
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What a unit's actor published, and how well logits rebuilt from the map agree with the classifier's own."""
-
-    bytes_written: int
-    max_abs_difference: float
-    agreeing: int
-
-
 class UnitActor:
     """Base of the actors of a pass: holds the classifier, forwards a unit in fixed batches."""
 
@@ -179,7 +187,7 @@ class UnitActor:
         self.device = take_device(resources.device, resources.threads)
         self.classifier: SplitClassifier = load(model).to(self.device)
         self.run_dir, self.batch_size, self.fingerprint = run_dir, resources.batch_size, fingerprint
-        self.metadata = {FINGERPRINT_KEY: fingerprint}
+        self._identity = f"{socket.gethostname()}:{os.getpid()}"
         self.forwarded = 0
 
     def forward(self, pixels: np.ndarray, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -198,7 +206,7 @@ class UnitActor:
     def __call__(self, row: pa.Table) -> pa.Table:
         unit = Unit.of(unpack(row))
         readable, self.forwarded = unit.readable, 0
-        proof = self.commit(unit, readable)
+        bytes_written = self.commit(unit, readable)
         return pa.table(
             {
                 "split": [unit.split],
@@ -206,16 +214,19 @@ class UnitActor:
                 "decoded": [len(readable)],
                 "forwarded": [self.forwarded],
                 "failed": [sum(reason is not None for reason in unit.reasons)],
-                "bytes_written": [proof.bytes_written],
-                "max_abs_difference": [proof.max_abs_difference],
-                "agreeing": [proof.agreeing],
+                "bytes_written": [bytes_written],
+                "actor": [self._identity],
                 "peak_memory_bytes": [peak_memory_bytes()],
                 "images": [unit.rows.num_rows],
             }
         )
 
-    def commit(self, unit: Unit, readable: np.ndarray) -> Committed:
-        """Computes and publishes the unit's files; a row found bad here gets its reason."""
+    def metadata(self, facts: UnitFacts) -> dict[str, str]:
+        """What goes into the metadata of a unit's files."""
+        return {FINGERPRINT_KEY: self.fingerprint, _FACTS_KEY: json.dumps(asdict(facts))}
+
+    def commit(self, unit: Unit, readable: np.ndarray) -> int:
+        """Computes and publishes the unit's files; a row found bad here gets its reason. Gives the bytes written."""
         raise NotImplementedError
 
 
@@ -259,6 +270,7 @@ def run_pass(
     context = rd.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    actors = min(resources.feature_actors, len(units))
     dataset = rd.from_arrow([pack(unit) for unit in units]).map_batches(
         DecodeUnit(preprocessing).__call__, batch_size=1, batch_format="pyarrow", num_cpus=1
     )
@@ -266,7 +278,7 @@ def run_pass(
         GuardedActor,
         batch_size=1,
         batch_format="pyarrow",
-        compute=rd.ActorPoolStrategy(min_size=1, max_size=min(resources.feature_actors, len(units))),
+        compute=rd.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         num_gpus=resources.gpus_per_actor or None,
         num_cpus=0,  # actors that hold CPUs can leave none to the tasks they wait for; and decoding stays apart
         fn_constructor_kwargs={"stage": stage, "actor": actor, "arguments": arguments},

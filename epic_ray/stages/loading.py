@@ -5,10 +5,13 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from epic_ray.config import ModelConfig, RunConfig
 from epic_ray.errors import ConfigError, InputError
@@ -57,17 +60,21 @@ def load(model: ModelConfig) -> SplitClassifier:
 def model_facts(model: ModelConfig, classifier: SplitClassifier) -> dict[str, Any]:
     """What features depend on: settings, preprocessing as resolved, the weights' bytes, the libraries' versions."""
     libraries = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}
-    weights = _file_digest(model.weights) if model.weights not in _OWN_WEIGHTS else model.weights
-    chosen = model.model_dump(mode="json", include={"architecture", "source", "class_count", "arguments", "seed"})
-    return chosen | {"weights": weights, "preprocessing": classifier.preprocessing.to_dict(), "libraries": libraries}
+    chosen = model.model_dump(mode="json", include={"architecture", "source", "arguments"})
+    return chosen | {
+        "weights": _digest(classifier),
+        "preprocessing": classifier.preprocessing.to_dict(),
+        "libraries": libraries,
+    }
 
 
-@lru_cache
-def _file_digest(path: str) -> str:
+@lru_cache(maxsize=2)
+def _digest(classifier: SplitClassifier) -> str:
+    """A hash of every weight and buffer in memory, wherever they came from."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for name, tensor in sorted(classifier.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -92,8 +99,10 @@ class ClassNames:
 
     def __init__(self, names: list[str], folders: list[str | None], origin: str) -> None:
         self.names, self.folders, self.origin = names, folders, origin
-        by_name = {name: index for index, name in reversed(list(enumerate(names)))}
-        self._index = by_name | {folder: index for index, folder in enumerate(folders) if folder is not None}
+        once = {name for name, count in Counter(names).items() if count == 1}
+        self._shared = set(names) - once
+        self._index = {name: index for index, name in enumerate(names) if name in once}
+        self._index |= {folder: index for index, folder in enumerate(folders) if folder is not None}
 
     @classmethod
     def of(cls, classifier: SplitClassifier, folders: list[str]) -> "ClassNames":
@@ -118,6 +127,11 @@ class ClassNames:
         """The class of a folder. Raises InputError naming the folder where no class has that name."""
         if folder in self._index:
             return self._index[folder]
+        if folder in self._shared:
+            raise InputError(
+                f"{where}: folder `{folder}` could be any of {self.names.count(folder)} classes of that name; "
+                "name it by its WordNet id, or give names that differ as model.classes"
+            )
         near = difflib.get_close_matches(folder, [name for name in self._index if name], n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise InputError(

@@ -23,7 +23,7 @@ from epic_ray.tables import to_numpy
 
 _BLOCK_BYTES = 128 * MIB
 _FINGERPRINT = b"epic_ray.fingerprint"
-_CHOSEN = "chosen-"
+_CHOSEN, _UNIT = "chosen-", "unit-"
 
 
 def map_bytes(classifier: SplitClassifier) -> int:
@@ -32,7 +32,7 @@ def map_bytes(classifier: SplitClassifier) -> int:
 
 
 def unit_map_file(split: str, unit: int) -> str:
-    return f"{map_folder(split)}/unit-{unit:06d}.arrow"
+    return f"{map_folder(split)}/{_UNIT}{unit:06d}.arrow"
 
 
 def write_maps(run_dir: RunDir, relative: str, positions: np.ndarray, maps_BSD: np.ndarray, fingerprint: str) -> int:
@@ -51,9 +51,12 @@ def write_maps(run_dir: RunDir, relative: str, positions: np.ndarray, maps_BSD: 
     return run_dir.publish(relative, write)
 
 
-def drop_foreign_maps(run_dir: RunDir, split: str, fingerprint: str) -> None:
-    """Removes the maps of other features: they are large, and nothing reads them."""
-    run_dir.delete([file for file in run_dir.list(map_folder(split)) if _made_from(run_dir, file) != fingerprint])
+def committed_map_units(run_dir: RunDir, split: str, fingerprint: str) -> set[int]:
+    """Numbers of the units whose maps are kept; maps of other features are removed: they are large, and unread."""
+    files = run_dir.list(map_folder(split))
+    run_dir.delete([file for file in files if _made_from(run_dir, file) != fingerprint])
+    names = [file.rsplit("/", 1)[-1] for file in run_dir.list(map_folder(split))]
+    return {int(name[len(_UNIT) : -len(".arrow")]) for name in names if name.startswith(_UNIT)}
 
 
 def count_chosen_maps(run_dir: RunDir, split: str) -> int:
@@ -90,7 +93,7 @@ class MapStore:
         """Takes up the files that other processes have published; files of other features are not seen."""
         for relative in self.run_dir.list(map_folder(self.split)):
             if relative not in self._tables:
-                table = pa.ipc.open_file(self.run_dir.open(relative)).read_all()
+                table = self._open(relative)
                 if (table.schema.metadata or {}).get(_FINGERPRINT) == self.fingerprint.encode():
                     self._tables[relative] = table
         positions = [to_numpy(table["position"]) for table in self._tables.values()]
@@ -101,6 +104,13 @@ class MapStore:
             self._order, first = np.unique(np.concatenate(positions), return_index=True)
             self._places = np.concatenate(places)[first]
 
+    def _open(self, relative: str) -> pa.Table:
+        try:
+            return pa.ipc.open_file(self.run_dir.open(relative)).read_all()
+        except pa.ArrowInvalid as error:
+            where = self.run_dir.show(relative)
+            raise ResultError(f"{where}: is no whole file of maps ({error}); remove it and run again") from None
+
     def missing(self, positions: np.ndarray) -> np.ndarray:
         """Of these images, sorted, those whose map is not there."""
         return np.setdiff1d(positions, self._order)
@@ -109,15 +119,11 @@ class MapStore:
         """The maps (len(positions), S, D) of images, in the given order. Raises ResultError where one is missing."""
         places = self._places[self._find(positions)]
         tables = list(self._tables.values())
-        out: np.ndarray | None = None
+        shape = tables[0]["maps"].type.shape if tables else (0, 0)
+        out = np.empty((len(positions), *shape), np.float32)
         for file in np.unique(places[:, 0]):
-            maps = to_numpy(tables[file]["maps"])
-            if out is None:
-                out = np.empty((len(positions), *maps.shape[1:]), np.float32)
             rows = np.flatnonzero(places[:, 0] == file)
-            out[rows] = maps[places[rows, 1]]
-        if out is None:
-            raise ResultError(f"{self.run_dir}: no map asked for in split {self.split}")
+            out[rows] = to_numpy(tables[file]["maps"])[places[rows, 1]]
         return out
 
     def blocks(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -130,6 +136,8 @@ class MapStore:
             yield block, self.read(block)
 
     def _find(self, positions: np.ndarray) -> np.ndarray:
+        if not len(positions):
+            return positions
         found = np.searchsorted(self._order, positions).clip(max=max(len(self._order) - 1, 0))
         if not len(self._order) or (self._order[found] != positions).any():
             count = len(self.missing(positions))

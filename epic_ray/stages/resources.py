@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -46,7 +47,7 @@ def start_ray(local: bool = True) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         where = {
             "address": "local",
-            "num_cpus": max(_LEAST_LOGICAL_CPUS, os.cpu_count() or 1),
+            "num_cpus": max(_LEAST_LOGICAL_CPUS, available_cores()),
             "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
@@ -76,7 +77,7 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
     """The settings against what Ray has. Raises ClusterError where it has less than is asked for."""
     have = ray.cluster_resources()
     cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     # few threads an actor: those of one forward wait for one another, those of two actors do not
     threads = max(1, min(4, cores // 4)) if config.threads_per_actor == "auto" else config.threads_per_actor
     gpus_per_actor: float = 1.0 if gpus and config.device != "cpu" else 0.0
@@ -95,14 +96,35 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
     return Resources(actors, gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
 
 
+def likely_device(config: ResourcesConfig) -> str:
+    """The device that a run would use here, without asking Ray: for plans."""
+    import torch
+
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() and config.gpus_per_actor != 0 else "cpu"
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
 def take_device(device: str, threads: int) -> Any:
     """The torch device of this process, its threads set. Raises ClusterError if cuda is asked for and absent."""
     import torch
 
     torch.set_num_threads(threads)
+    # TensorFloat-32 has 10 bits of mantissa: not what precision float32 says
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if device == "cuda" and not torch.cuda.is_available():
         raise ClusterError(
-            "resources: Ray gave this actor a GPU, but torch sees none; install a CUDA build of torch there, "
+            "resources: the device is cuda, but torch sees no GPU here; install a CUDA build of torch on that machine, "
             "or set resources.device=cpu"
         )
     return torch.device(device)

@@ -1,5 +1,6 @@
 """The whole training path on a real Ray, against plain loops over the same images."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -100,13 +101,12 @@ def test_two_runs_of_one_configuration_give_identical_tables(settings, undisturb
 
 
 def test_two_feature_actors_on_two_gpus_give_the_tables_of_one(settings, undisturbed):
-    record, run_dir = run_once(settings(resources={"feature_actors": 2, "gpus_per_actor": 1}))
-    assert record["resources"]["feature_actors"] == 2
+    _, run_dir = run_once(settings(resources={"feature_actors": 2, "gpus_per_actor": 1}))
+    assert run_dir.read_mark("features")["actors"] == 2
     assert tables_of(run_dir) == tables_of(undisturbed[1])
 
 
-def test_another_batch_size_changes_no_prototype(settings, undisturbed):
-    """Features may differ in the last bits; which images show a channel may not."""
+def test_another_batch_size_changes_features_by_rounding_alone(settings, undisturbed):
     _, run_dir = run_once(settings(resources={"batch_size": 5}, features={"unit_size": 17}))
     for mine, theirs in zip(all_rows(run_dir, "features"), all_rows(undisturbed[1], "features"), strict=True):
         assert mine["image_id"] == theirs["image_id"]
@@ -254,3 +254,13 @@ def test_the_fitted_channels_stand_in_the_history(undisturbed):
     assert all(row["purity_end"] >= row["purity_start"] - 1e-6 for row in history)
     assert all(row["orthogonality_error"] <= 1e-5 for row in history)
     assert record["basis"]["orthogonality_error"] <= 1e-5
+
+
+def test_the_readme_names_every_key_of_the_record(undisturbed):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("### run.json")[1].split("### The tables")[0]
+    record, _ = undisturbed
+    named = set(re.findall(r"[a-z_0-9]+", " ".join(re.findall(r"`([^`]+)`", section))))
+    nested = ("model", "logits", "basis", "purity", "counts", "peak_memory_bytes")
+    keys = set(record) | {key for name in nested for key in record[name]}
+    assert keys <= named

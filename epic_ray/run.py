@@ -1,0 +1,144 @@
+"""A run in progress: its settings, classifier and images, and which of its stages may be reused."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from epic_ray.config import RunConfig, build_config, differences, fingerprint
+from epic_ray.errors import ConfigError, ResultError
+from epic_ray.logs import Reporter
+from epic_ray.method.classifier import SplitClassifier
+from epic_ray.run_dir import CONFIG, PICTURES, RUN, RunDir
+from epic_ray.stages import images
+from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
+from epic_ray.stages.maps import keep_all_maps
+
+TRAIN_STAGES = ("images", "features", "fit", "prototypes")
+
+# Settings that decide where and how fast, but not what: a run may be continued with others.
+_FREE_SETTINGS = (
+    "data.max_failed_fraction",
+    "resources.feature_actors",
+    "resources.gpus_per_actor",
+    "fit.workers",
+    "explain.",
+    "output.",
+)
+
+
+@dataclass
+class Run:
+    """A run in progress: its settings, the classifier, the images, and the fingerprints of its stages."""
+
+    config: RunConfig
+    run_dir: RunDir
+    reporter: Reporter
+    classifier: SplitClassifier
+    classes: ClassNames
+    manifests: dict[str, pa.Table]
+    counts: dict[str, int] = field(default_factory=lambda: {"decoded": 0, "forwarded": 0})
+    peak_memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def maps_kept(self) -> bool:
+        counts = [table.num_rows for table in self.manifests.values()]
+        return keep_all_maps(counts, self.classifier, self.config.features.map_budget_bytes)
+
+    def fingerprints(self, device: str) -> dict[str, str]:
+        """What each stage is made from, computed on `device`; a stage's own contains those it builds on."""
+        config, resources = self.config, self.config.resources
+        listed = images.images_fingerprint(config.data, self.manifests)
+        named = fingerprint(listed, self.classes.names, self.classes.folders)
+        arithmetic = (device, resources.model_dump(include={"batch_size", "precision", "threads_per_actor"}))
+        passed = fingerprint(
+            listed,
+            model_facts(config.model, self.classifier),
+            config.features.model_dump(include={"dtype", "unit_size"}),
+            self.maps_kept,
+            arithmetic,
+        )
+        fitted = fingerprint(passed, config.fit.model_dump(exclude={"workers"}))
+        final = fingerprint(fitted, config.prototypes.model_dump(), config.held_out_split)
+        return {"images": named, "features": passed, "fit": fitted, "prototypes": final}
+
+    def reusable(self, name: str, made_from: str) -> dict[str, Any] | None:
+        """The mark of a stage that was made from the same things, or None."""
+        mark = self.run_dir.read_mark(name)
+        return mark if mark and mark["fingerprint"] == made_from else None
+
+    def stage(
+        self, name: str, made_from: str, work: Callable[[], dict[str, Any]], whole: Callable[[], bool] | None = None
+    ) -> dict[str, Any]:
+        """The mark of a stage: its own of old if nothing changed and all is `whole`, else the work done now."""
+        mark = self.reusable(name, made_from)
+        if mark and (whole is None or whole()):
+            self.reporter.say(f"{name}: reused")
+            return mark
+        self.run_dir.drop_mark(name)
+        if name in TRAIN_STAGES:
+            self._drop_what_follows()
+        start = time.monotonic()
+        facts = work()
+        return self.run_dir.write_mark(name, made_from, time.monotonic() - start, **facts)
+
+    def _drop_what_follows(self) -> None:
+        """The folder is unfinished until a new record stands, and explanations by another U would mislead beside it."""
+        if self.run_dir.exists(RUN):
+            self.run_dir.delete([RUN])
+        old = self.run_dir.list("tables/explanations") + self.run_dir.list(PICTURES)
+        if old:
+            self.reporter.say(f"explanations: {len(old)} file(s) of the run as it was are removed; explain it again")
+            self.run_dir.delete(old)
+        for mark in self.run_dir.list("marks"):
+            if mark.startswith("marks/explanations-"):
+                self.run_dir.delete([mark])
+
+    def count(self, decoded: int, forwarded: int) -> None:
+        self.counts["decoded"] += decoded
+        self.counts["forwarded"] += forwarded
+
+
+def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
+    """Loads the classifier and lists the images; writes nothing. Raises what stands against the run."""
+    config = resolve_paths(config)
+    run_dir = RunDir(f"{config.output.root}/{config.name}")
+    _demand_same_settings(config, run_dir, force)
+    return prepare(config, run_dir, reporter)
+
+
+def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
+    """The run's classifier, proved, and its images, listed."""
+    listings = [images.list_split(config.data, split) for split in config.data.splits]
+    classifier = load(config.model)
+    classes = ClassNames.of(classifier, images.class_folders(config.data, listings))
+    manifests = {}
+    for listing in listings:
+        images.report_listing(reporter, listing)
+        manifests[listing.split] = images.build_manifest(config.data, listing, classes, config.data.root)
+    return Run(config, run_dir, reporter, classifier, classes, manifests)
+
+
+def _demand_same_settings(config: RunConfig, run_dir: RunDir, force: bool) -> None:
+    if force or not run_dir.exists(CONFIG):
+        return
+    changed = [line for line in differences(read_config(run_dir), config) if not line.startswith(_FREE_SETTINGS)]
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise ConfigError(
+            f"{run_dir}: holds a run with other settings\n{listed}\n"
+            "choose another name (--set name=...), or pass --force to redo here what depends on them"
+        )
+
+
+def read_config(run_dir: RunDir) -> RunConfig:
+    """The settings that a run was made with. Raises ResultError for a file that is no YAML, ConfigError for others."""
+    where = run_dir.show(CONFIG)
+    try:
+        values = yaml.safe_load(run_dir.read_bytes(CONFIG))
+    except yaml.YAMLError as error:
+        raise ResultError(f"{where}: is no YAML ({error}); remove it and run again") from None
+    return build_config(values, where)

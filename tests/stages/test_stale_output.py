@@ -1,0 +1,201 @@
+"""Nothing old, torn or lost is taken for a result of the run as it is now; each test a fault that a review found."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_settings, write_patches
+from PIL import Image
+
+from epic_ray import pipeline
+from epic_ray.config import build_config, load_config
+from epic_ray.errors import ClusterError, ConfigError, InputError, ResultError
+from epic_ray.logs import Reporter
+from epic_ray.report.explained import Illustrator, draw_split
+from epic_ray.run_dir import RUN, RunDir
+from epic_ray.stages.features import feature_files
+from epic_ray.stages.fit import read_round
+from epic_ray.stages.loading import ClassNames, load, model_facts
+from epic_ray.stages.maps import MapStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def train(config, force: bool = False) -> tuple[dict, RunDir]:
+    record = pipeline.train(config, Reporter(), force)
+    return record, RunDir(f"{config.output.root}/{config.name}")
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    """Images of the test's own, to break."""
+    return write_patches(tmp_path / "few", {"train": 8, "val": 6})
+
+
+def test_an_explanation_that_failed_for_bad_images_fails_again(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs")
+    _, run_dir = train(config)
+    for file in sorted((few / "val").rglob("*.png"))[:9]:
+        file.write_bytes(b"no image")
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    for _ in range(2):
+        with pytest.raises(InputError, match="val: 9 of 18 images failed"):
+            pipeline.explain(run, record, "val")
+
+
+def test_a_resumed_explanation_reports_the_whole_split(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs", features={"unit_size": 6}, data={"max_failed_fraction": 0.2})
+    _, run_dir = train(config)
+    next((few / "val/blue").iterdir()).write_bytes(b"no image")
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    whole = pipeline.explain(run, record, "val")
+    assert (whole.failed, whole.top1_agreement, whole.forwarded) == (1, 1.0, 17)
+    run_dir.delete(run_dir.list("tables/explanations/val")[1:])
+    run_dir.drop_mark("explanations-val")
+    again = pipeline.explain(run, record, "val")
+    assert again.forwarded == 12
+    assert (again.failed, again.top1_agreement, again.max_abs_difference) == (1, 1.0, whole.max_abs_difference)
+
+
+def test_a_new_fit_leaves_no_explanation_or_picture_of_the_old_one(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs")
+    _, run_dir = train(config)
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    pipeline.explain(run, record, "val")
+    draw_split(run, "val", 1, 2, Reporter())
+    refit = small_settings(few, tmp_path / "runs", fit={"start": "identity"})
+    train(refit, force=True)
+    assert run_dir.list("tables/explanations") == run_dir.list("pictures") == []
+    assert run_dir.read_mark("explanations-val") is None
+
+
+def test_a_split_that_the_settings_lost_leaves_no_file(few, tmp_path):
+    _, run_dir = train(small_settings(few, tmp_path / "runs"))
+    train(small_settings(few, tmp_path / "runs", data={"splits": {"train": "train"}}), force=True)
+    assert not [file for file in run_dir.list("tables") + run_dir.list("maps") if "/val" in file]
+    assert run_dir.list("tables/images/train")
+
+
+def test_a_refused_start_keeps_no_old_record_beside_new_settings(few, tmp_path):
+    _, run_dir = train(small_settings(few, tmp_path / "runs"))
+    other = small_settings(
+        few, tmp_path / "runs", fit={"start": "identity"}, resources={"feature_actors": 99, "gpus_per_actor": 1}
+    )
+    with pytest.raises(ClusterError, match="99 actor"):
+        train(other, force=True)
+    assert run_dir.exists(RUN)
+    assert pipeline.read_config(run_dir).fit.start == "quartimax"
+
+
+def test_torn_or_lost_features_are_made_again_not_left_out(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs", features={"unit_size": 8})
+    record, run_dir = train(config)
+    basis = run_dir.read_bytes("basis/basis.safetensors")
+    files = feature_files(run_dir, "train", record["fingerprints"]["features"])
+    Path(run_dir.path(files[0])).write_bytes(b"torn")
+    run_dir.delete([files[1]])
+    run_dir.delete(run_dir.list("maps/val")[:1])
+    again, _ = train(config)
+    assert again["counts"]["forwarded"] == 8 + 8 + 8
+    assert len(feature_files(run_dir, "train", record["fingerprints"]["features"])) == 3
+    assert run_dir.read_bytes("basis/basis.safetensors") == basis
+
+
+def test_a_retrained_network_behind_the_same_factory_is_another_classifier(settings):
+    config = settings()
+    one, other = load(config.model), load(config.model.model_copy(update={"seed": 7}))
+    assert model_facts(config.model, one) == model_facts(config.model, load(config.model))
+    assert model_facts(config.model, one) != model_facts(config.model, other)
+
+
+def test_new_class_names_reach_the_table_without_a_new_pass(few, tmp_path):
+    none = {"labels": "none"}
+    _, run_dir = train(small_settings(few, tmp_path / "runs", data=none))
+    named = small_settings(few, tmp_path / "runs", data=none)
+    named = named.model_copy(update={"model": named.model.model_copy(update={"classes": ["uno", "dos", "tres"]})})
+    record, _ = train(named, force=True)
+    assert record["counts"]["forwarded"] == 0
+    run, _ = pipeline.open_finished(run_dir, Reporter())
+    assert run.classes.names == ["uno", "dos", "tres"]
+
+
+def test_a_folder_that_names_two_classes_is_refused():
+    names = ClassNames(["crane", "crane", "tench"], [None, None, None], "the names of the head's classes")
+    assert names.index_of("tench", "train") == 2
+    with pytest.raises(InputError, match="`crane` could be any of 2 classes"):
+        names.index_of("crane", "train")
+
+
+def test_an_empty_split_folder_is_refused_before_it_cuts_letters_off():
+    with pytest.raises(ConfigError, match=r"write `\.` for the data set's root itself"):
+        load_config(None, ["model.architecture=a", "data.root=b", "data.splits={train: ''}"])
+
+
+def test_more_workers_than_there_are_cpus_is_told_not_waited_for(few, tmp_path):
+    with pytest.raises(ClusterError, match=r"fit\.workers: 50 asked, but Ray has 4 CPU"):
+        train(small_settings(few, tmp_path / "runs", fit={"workers": 50}))
+
+
+def test_torn_rounds_and_maps_are_named(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    run_dir.publish_bytes("fit/round-001.pt", b"torn")
+    with pytest.raises(ResultError, match=r"round-001.pt: is no whole round"):
+        read_round(run_dir, 1)
+    run_dir.publish_bytes("maps/train/unit-000000.arrow", b"torn")
+    with pytest.raises(ResultError, match=r"unit-000000.arrow: is no whole file of maps"):
+        MapStore(run_dir, "train", "any")
+
+
+def test_a_share_without_pairs_reads_no_map(tmp_path):
+    assert MapStore(RunDir(str(tmp_path)), "train", "any").read(np.empty(0, np.int64)).shape[0] == 0
+
+
+def test_a_peak_in_the_padding_is_drawn_without_an_outline(tmp_path):
+    """A photo smaller than the crop gets a black border, where a channel may well be strongest."""
+    images = write_patches(tmp_path / "images", {"train": 4, "val": 2})
+    for file in images.rglob("*.png"):
+        Image.open(file).crop((0, 0, 12, 9)).save(file)
+    config = small_settings(images, tmp_path / "runs")
+    values = config.model_dump()
+    values["model"]["preprocessing"] |= {"resize": None}
+    _, run_dir = train(build_config(values, "test"))
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    pipeline.explain(run, record, "val")
+    assert len(draw_split(run, "val", 6, 5, Reporter())) == 6
+    uri = next(iter((images / "val").rglob("*.png")))
+    seen, _ = Illustrator(run, 1).explain(str(uri), 1, "share")
+    left, top, right, bottom = run.classifier.preprocessing.grid_box(seen.image.size)
+    assert (left, top, right, bottom) == pytest.approx((-10, -12, 22, 20), abs=1)
+
+
+def test_shares_that_do_not_make_the_logit_are_refused(few, tmp_path):
+    _, run_dir = train(small_settings(few, tmp_path / "runs"))
+    run, _ = pipeline.open_finished(run_dir, Reporter())
+    illustrator = Illustrator(run, 1)
+    row = {
+        "label": None, "predicted": 0, "logit": 99.0, "probability": 1.0, "rank": 1, "channel": 0, "sign": "positive",
+        "share": 0.1, "score": 0.1, "value": 0.1, "purity": 0.1, "cell_row": 0, "cell_col": 0,
+        "box_xyxy_px": [0.0, 0.0, 4.0, 4.0],
+    }  # fmt: skip
+    with pytest.raises(ResultError, match="explain the split again"):
+        illustrator.draw("x", str(next((few / "val").rglob("*.png"))), [row])
+
+
+def test_features_are_computed_in_full_float32():
+    from epic_ray.stages.resources import take_device
+
+    torch.backends.cudnn.allow_tf32 = True
+    take_device("cpu", 1)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_maps_deleted_to_save_space_are_made_again_only_for_a_stage_that_reads_them(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs")
+    _, run_dir = train(config)
+    run_dir.delete_folder("maps")
+    record, _ = train(config)
+    assert record["counts"]["forwarded"] == 0
+    more = small_settings(few, tmp_path / "runs", prototypes={"per_channel": 7})
+    record, _ = train(more, force=True)
+    assert record["counts"]["forwarded"] == 42
