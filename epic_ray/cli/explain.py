@@ -8,8 +8,6 @@ import typer
 from epic_ray.cli.app import Json, Quiet, app, guarded, print_json
 from epic_ray.errors import ConfigError, InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-
 
 @app.command(epilog="epic-ray explain --split val  ·  epic-ray explain runs/my-run photo.jpg")
 @guarded
@@ -53,6 +51,8 @@ def explain(
 
 def _sort(words: list[str]) -> tuple[str | None, list[Path]]:
     """The run and the image files among the arguments."""
+    from epic_ray.stages.images import IMAGE_SUFFIXES
+
     files = [Path(word) for word in words if word.lower().endswith(IMAGE_SUFFIXES)]
     others = [word for word in words if not word.lower().endswith(IMAGE_SUFFIXES)]
     if len(others) > 1:
