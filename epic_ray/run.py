@@ -41,7 +41,6 @@ class Run:
     classes: ClassNames
     manifests: dict[str, pa.Table]
     counts: dict[str, int] = field(default_factory=lambda: {"decoded": 0, "forwarded": 0})
-    peak_memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def maps_kept(self) -> bool:

@@ -21,6 +21,7 @@ from epic_ray.errors import ConfigError, InputError, ResultError
 CONFIG, RUN = "config.yaml", "run.json"
 BASIS, BASIS_CARD = "basis/basis.safetensors", "basis/README.md"
 PICTURES = "pictures"
+UNIT_MAPS, CHOSEN_MAPS = "unit-", "chosen-"
 _TEMPORARY = ".tmp-"
 
 
@@ -48,6 +49,14 @@ def split_files(run_dir: "RunDir", split: str) -> list[str]:
         if place in (split, f"{split}.parquet"):
             found.append(file)
     return found
+
+
+def unit_map_file(split: str, unit: int) -> str:
+    return f"{map_folder(split)}/{UNIT_MAPS}{unit:06d}.arrow"
+
+
+def chosen_map_file(split: str, key: str) -> str:
+    return f"{map_folder(split)}/{CHOSEN_MAPS}{key}.arrow"
 
 
 def round_file(number: int) -> str:

@@ -11,9 +11,9 @@ import torch
 
 from epic_ray.config import FITTING_SPLIT, ModelConfig
 from epic_ray.errors import InputError
-from epic_ray.run_dir import RunDir, table_folder, unit_file
+from epic_ray.run_dir import RunDir, table_folder, unit_file, unit_map_file
 from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units, cut_units
-from epic_ray.stages.maps import cells_last, committed_map_units, unit_map_file, write_maps
+from epic_ray.stages.maps import cells_last, committed_map_units, write_maps
 from epic_ray.stages.resources import Resources
 from epic_ray.tables import build_table, read_metadata, read_tables, to_numpy, write_table
 

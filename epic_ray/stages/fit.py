@@ -312,7 +312,6 @@ class StoredMaps:
         self._files = files[reducer.rank :: reducer.world]
         self._store = MapStore(job.run_dir, FITTING_SPLIT, job.features_fingerprint)
         self._gatherer: MapGatherer | None = None
-        self._selections = 0
         self.counts_before = {"decoded": 0, "forwarded": 0}
         self.channel_count = next(pooled_blocks(job.run_dir, files[:1]))[1].shape[1]
 
@@ -324,7 +323,6 @@ class StoredMaps:
         best = search_files(self._job.run_dir, self._files, basis, n)
         for other in self._gather(best):
             best = best.merge(other)
-        self._selections += 1
         self._ensure(best)
         return best
 
@@ -347,7 +345,7 @@ class StoredMaps:
                 job, manifest = self._job, read_manifest(self._job.run_dir, FITTING_SPLIT)
                 classifier = load(job.config.model)
                 self._gatherer = MapGatherer(self._store, manifest, classifier, job.resources.batch_size, self._device)
-            self._gatherer.ensure(own, f"fit-{self._selections:03d}-{self._reducer.rank:04d}")
+            self._gatherer.ensure(own)
         if dist.is_initialized():
             dist.barrier()
         self._store.refresh()

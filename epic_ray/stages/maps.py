@@ -4,6 +4,7 @@ Arrow IPC files, memory-mapped where the run is local, so that a chosen image co
 S = H·W cells, row-major; D channels, last.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,23 +17,18 @@ import torch
 from epic_ray.errors import InputError, ResultError
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.method.preprocessing import ImageError, decode_image
-from epic_ray.run_dir import RunDir, map_folder
+from epic_ray.run_dir import CHOSEN_MAPS, UNIT_MAPS, RunDir, chosen_map_file, map_folder
 from epic_ray.stages.images import read_image_bytes
 from epic_ray.stages.resources import MIB
 from epic_ray.tables import to_numpy
 
 _BLOCK_BYTES = 128 * MIB
 _FINGERPRINT = b"epic_ray.fingerprint"
-_CHOSEN, _UNIT = "chosen-", "unit-"
 
 
 def map_bytes(classifier: SplitClassifier) -> int:
     """Bytes of one image's feature map in float32."""
     return 4 * classifier.channel_count * classifier.grid[0] * classifier.grid[1]
-
-
-def unit_map_file(split: str, unit: int) -> str:
-    return f"{map_folder(split)}/{_UNIT}{unit:06d}.arrow"
 
 
 def write_maps(run_dir: RunDir, relative: str, positions: np.ndarray, maps_BSD: np.ndarray, fingerprint: str) -> int:
@@ -56,14 +52,14 @@ def committed_map_units(run_dir: RunDir, split: str, fingerprint: str) -> set[in
     files = run_dir.list(map_folder(split))
     run_dir.delete([file for file in files if _made_from(run_dir, file) != fingerprint])
     names = [file.rsplit("/", 1)[-1] for file in run_dir.list(map_folder(split))]
-    return {int(name[len(_UNIT) : -len(".arrow")]) for name in names if name.startswith(_UNIT)}
+    return {int(name[len(UNIT_MAPS) : -len(".arrow")]) for name in names if name.startswith(UNIT_MAPS)}
 
 
 def count_chosen_maps(run_dir: RunDir, split: str) -> int:
     """Images of a split that were forwarded again, for their map alone."""
     count = 0
     for file in run_dir.list(map_folder(split)):
-        if file.rsplit("/", 1)[-1].startswith(_CHOSEN):
+        if file.rsplit("/", 1)[-1].startswith(CHOSEN_MAPS):
             with run_dir.open(file) as source:
                 reader = pa.ipc.open_file(source)
                 count += sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
@@ -156,13 +152,17 @@ class MapGatherer:
         self.forwarded = 0
         self.decoded = 0
 
-    def ensure(self, positions: np.ndarray, name: str) -> int:
-        """Forwards those of the images whose map is missing; gives how many. `name` marks the files written."""
+    def ensure(self, positions: np.ndarray) -> int:
+        """Forwards those of the images whose map is missing; gives how many.
+
+        A file is named after the images it holds, so that no start, worker or stage writes over another's.
+        """
         missing = self.store.missing(positions)
         size = max(self._batch_size, _BLOCK_BYTES // map_bytes(self._classifier))
-        for number, start in enumerate(range(0, len(missing), size)):
+        for start in range(0, len(missing), size):
             block = missing[start : start + size]
-            relative = f"{map_folder(self.store.split)}/{_CHOSEN}{name}-{number:04d}.arrow"
+            key = hashlib.sha256(block.astype("<i8").tobytes()).hexdigest()[:16]
+            relative = chosen_map_file(self.store.split, key)
             write_maps(self.store.run_dir, relative, block, self._forward(block), self.store.fingerprint)
         return len(missing)
 

@@ -82,7 +82,7 @@ def _ensure_maps(job: PrototypesJob, store: MapStore, split: str, found: dict[st
     task = ray.remote(num_cpus=1, num_gpus=job.resources.gpus_per_actor)(_gather)
     arguments = (job.run_dir, split, job.features_fingerprint, job.config.model, job.resources)
     try:
-        job.forwarded += sum(ray.get([task.remote(*arguments, share, f"{n:04d}") for n, share in enumerate(shares)]))
+        job.forwarded += sum(ray.get([task.remote(*arguments, share) for share in shares]))
     except ray.exceptions.RayError as error:
         raise first_cause(error, "prototypes") from error
     store.refresh()
@@ -95,12 +95,11 @@ def _gather(
     model: ModelConfig,
     resources: Resources,
     positions: np.ndarray,
-    name: str,
 ) -> int:
     device = take_device(resources.device, resources.threads)
     store = MapStore(run_dir, split, fingerprint)
     gatherer = MapGatherer(store, read_manifest(run_dir, split), load(model), resources.batch_size, device)
-    return gatherer.ensure(positions, f"prototypes-{name}")
+    return gatherer.ensure(positions)
 
 
 def _peaks(store: MapStore, top: TopN, basis: torch.Tensor, sign: int) -> dict[str, np.ndarray]:
@@ -110,7 +109,6 @@ def _peaks(store: MapStore, top: TopN, basis: torch.Tensor, sign: int) -> dict[s
     out: dict[str, np.ndarray] = {
         "purity": np.full(top.indices.shape, np.nan, np.float32),
         "cells": np.full(top.indices.shape, -1, np.int64),
-        "indices": top.indices.numpy(),
     }
     for positions, maps in store.blocks(images.unique().numpy()):
         among = torch.from_numpy(positions)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.dataset as ds
 import pytest
 import torch
 from conftest import small_settings, write_patches
@@ -15,9 +16,9 @@ from epic_ray.logs import Reporter
 from epic_ray.report.explained import Illustrator, draw_split
 from epic_ray.run_dir import RUN, RunDir
 from epic_ray.stages.features import feature_files
-from epic_ray.stages.fit import read_round
+from epic_ray.stages.fit import read_basis, read_round
 from epic_ray.stages.loading import ClassNames, load, model_facts
-from epic_ray.stages.maps import MapStore
+from epic_ray.stages.maps import MapStore, write_maps
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -199,3 +200,26 @@ def test_maps_deleted_to_save_space_are_made_again_only_for_a_stage_that_reads_t
     more = small_settings(few, tmp_path / "runs", prototypes={"per_channel": 7})
     record, _ = train(more, force=True)
     assert record["counts"]["forwarded"] == 42
+
+
+def test_a_resumed_fit_finds_the_maps_that_it_gathers_itself(few, tmp_path):
+    """The files of a resumed fit took the names of its first start's: the maps it forwarded were not seen."""
+    config = small_settings(few, tmp_path / "runs", features={"map_budget_bytes": 0})
+    _, run_dir = train(config)
+    basis = read_basis(run_dir)
+    kept, *later = sorted(
+        (file for file in run_dir.list("maps/train")), key=lambda file: Path(run_dir.path(file)).stat().st_mtime_ns
+    )
+    partial = MapStore(run_dir, "train", run_dir.read_mark("features")["fingerprint"])
+    positions = np.arange(24)
+    few_maps = positions[:3]
+    write_maps(run_dir, kept, few_maps, partial.read(few_maps), partial.fingerprint)  # as if killed early on
+    run_dir.delete([*later, "fit/round-003.pt", "fit/round-002.pt"])
+    for stage in ("fit", "prototypes"):
+        run_dir.drop_mark(stage)
+    record, _ = train(config)
+    assert (read_basis(run_dir) - basis).abs().max() < 1e-4
+    files = [run_dir.path(file) for file in run_dir.list("maps/train")]
+    found = ds.dataset(files, format="ipc").to_table(columns=["position"])["position"].to_pylist()
+    assert len(found) == len(set(found))
+    assert record["counts"]["forwarded"] < record["counts"]["total"]["forwarded"]
