@@ -76,13 +76,19 @@ class DataConfig(Section):
     """The images."""
 
     root: str
-    """Folder of the data set; image ids are paths relative to it."""
-    format: Literal["auto", "imagefolder"] = "auto"
-    """How the images lie: imagefolder is `root/split/class/image`."""
+    """Folder of the data set, a path or an address (`s3://`, `gs://`); image ids are relative to it."""
+    format: Literal["auto", "imagefolder", "parquet", "webdataset", "csv"] = "auto"
+    """How the images lie; auto: told from what lies at the first split's place."""
     splits: dict[str, str] = {FITTING_SPLIT: "train", HELD_OUT_SPLIT: "val"}
-    """Folder of each split below root. `train` is fitted on, `val` (if any) is held out."""
-    labels: Literal["folders", "none"] = "folders"
-    """folders: each class folder is matched to a class of the head; none: folders mean nothing."""
+    """Place of each split below root: a folder, a CSV or TSV file, or a pattern (`data/train-*.parquet`). `train` is
+    fitted on, `val` (if any) is held out."""
+    labels: Literal["auto", "none"] = "auto"
+    """auto: class folders or the label column, matched to the classes of the head; none: no image has a label."""
+    image_column: str = "auto"
+    """Column of the images' bytes (Parquet) or addresses (CSV); auto: the customary names."""
+    label_column: str = "auto"
+    """Column of the labels (Parquet, CSV), or the suffix or JSON key that holds them (WebDataset); auto: the customary
+    names."""
     max_failed_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.01
     """Share of a split's images that may be unreadable before the run stops."""
 
@@ -158,12 +164,20 @@ class FitConfig(Section):
     alone (docs/epic.md shows what it gains). The paper starts from the identity."""
     seed: int = 42
     """Seed of everything random in the fit."""
-    workers: Auto | Annotated[int, Field(ge=0)] = "auto"
-    """Processes of the fit; 0: in the driver; auto: one a GPU where there are several, else 0."""
+    workers: Auto | Annotated[int, Field(ge=0)] | Annotated[list[Positive], Field(min_length=2, max_length=2)] = "auto"
+    """Processes of the fit; 0: in the driver; auto: one a GPU where there are several, else 0; [least, most]: as many
+    as there is room for, more or fewer as machines come and go. Another number changes U by rounding alone."""
     prototypes_per_channel: PrototypeScheduleConfig = PrototypeScheduleConfig()
     """How many prototypes each round fits on."""
     adam: AdamConfig = AdamConfig()
     """Settings of `solver: adam`."""
+
+    @field_validator("workers")
+    @classmethod
+    def _least_comes_first(cls, workers: Any) -> Any:
+        if isinstance(workers, list) and workers[0] > workers[1]:
+            raise ValueError(f"[{workers[0]}, {workers[1]}] is the wrong way round; write [least, most]")
+        return workers
 
 
 class PrototypesConfig(Section):
@@ -207,7 +221,7 @@ class OutputConfig(Section):
     """Where the run is written."""
 
     root: str = "runs"
-    """Folder that holds the run folders."""
+    """Folder that holds the run folders, a path or an address (`s3://`, `gs://`)."""
 
 
 class RunConfig(Section):

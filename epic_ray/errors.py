@@ -7,7 +7,8 @@
     ├── RunFailed     5   the job ran and failed
     └── ResultError   6   output incomplete or not matching its schema
 
-An interrupted command ends with 130; anything that is not an `EpicError` is a bug and ends with 1.
+A command that is interrupted ends with 130, one that is stopped by SIGTERM with 143. Anything that is not an
+`EpicError` is a bug and ends with 1.
 """
 
 
@@ -48,3 +49,4 @@ class ResultError(EpicError):
 
 
 INTERRUPTED_EXIT_CODE = 130
+TERMINATED_EXIT_CODE = 143

@@ -27,8 +27,8 @@ class Reporter:
         """One line of news."""
 
     @contextmanager
-    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
-        """A stretch of work of `total` units (None: unknown)."""
+    def stage(self, name: str, total: int | None, unit: str, brief: bool = False) -> Iterator[Meter]:
+        """A stretch of work of `total` units (None: unknown). A `brief` one leaves no trace unless it takes long."""
         yield Meter()
 
 
@@ -39,10 +39,11 @@ class LineReporter(Reporter):
         print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
+    def stage(self, name: str, total: int | None, unit: str, brief: bool = False) -> Iterator[Meter]:
         meter = _LineMeter(self, name, total, unit)
         yield meter
-        meter.finish()
+        if not brief or meter.seconds >= PLAIN_LINE_SECONDS:
+            meter.finish()
 
 
 class _LineMeter(Meter):
@@ -59,9 +60,12 @@ class _LineMeter(Meter):
             of = f" of {self._total}" if self._total else ""
             self._reporter.say(f"{self._name}: {self.done}{of} {self._unit}, {rate:.1f}/s{left}{_note(note)}")
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
     def finish(self) -> None:
-        seconds = time.monotonic() - self._start
-        self._reporter.say(f"{self._name}: {self.done} {self._unit} in {seconds:.1f} s")
+        self._reporter.say(f"{self._name}: {self.done} {self._unit} in {self.seconds:.1f} s")
 
 
 class BarReporter(Reporter):
@@ -76,7 +80,7 @@ class BarReporter(Reporter):
         self._console.print(text, markup=False, highlight=False)
 
     @contextmanager
-    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
+    def stage(self, name: str, total: int | None, unit: str, brief: bool = False) -> Iterator[Meter]:
         from rich import progress
 
         columns = (
@@ -88,7 +92,7 @@ class BarReporter(Reporter):
             progress.TextColumn("eta"),
             progress.TimeRemainingColumn(),
         )
-        with progress.Progress(*columns, console=self._console) as bars:
+        with progress.Progress(*columns, console=self._console, transient=brief) as bars:
             yield _BarMeter(bars, bars.add_task(name, total=total, note="", rate=""))
 
 

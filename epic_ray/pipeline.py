@@ -14,15 +14,18 @@ from typing import Any
 import pyarrow as pa
 from safetensors.torch import save as save_tensors
 
+from epic_ray import interrupts
 from epic_ray.config import FITTING_SPLIT, RunConfig, dump_config, fingerprint
 from epic_ray.errors import ConfigError, InputError, ResultError
+from epic_ray.lock import hold
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
 from epic_ray.record import basis_card, basis_notes, make_record
 from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
-from epic_ray.stages import explanations, features, fit, images, prototypes
-from epic_ray.stages.image_pass import committed_units, cut_units, run_pass
+from epic_ray.stages import explanations, features, fit, prototypes
+from epic_ray.stages.image_pass import committed_units, run_pass
+from epic_ray.stages.images import Listing, UnitRange, cut_units
 from epic_ray.stages.loading import ClassNames, load, model_facts
 from epic_ray.stages.maps import map_bytes
 from epic_ray.stages.resources import Resources, likely_device, resolve_resources, start_ray
@@ -35,9 +38,17 @@ def train(config: RunConfig, reporter: Reporter, force: bool = False, local: boo
     """Fits U and writes the run folder; gives what `run.json` says. A finished stage is reused."""
     start = time.monotonic()
     run = open_run(config, reporter, force)
+    with hold(run.run_dir, "train") as run.lock:
+        for sentence in run.lock.freed:
+            reporter.say(sentence)
+        return _train(run, local, start)
+
+
+def _train(run: Run, local: bool, start: float) -> dict[str, Any]:
     settings = dump_config(run.config).encode()
     if not run.run_dir.exists(CONFIG):
         run.run_dir.publish_bytes(CONFIG, settings)  # a place that cannot be written is told before anything starts
+    run.run_dir.remove_temporaries()
     run.reporter.say(f"{run.config.name}: {_describe(run)}")
     start_ray(local)
     resources = resolve_resources(run.config.resources)
@@ -47,21 +58,26 @@ def train(config: RunConfig, reporter: Reporter, force: bool = False, local: boo
     run.run_dir.publish_bytes(CONFIG, settings)
     # maps that were deleted to save space are made again only for a stage that reads them
     maps_wanted = run.maps_kept and not all(run.reusable(name, made_from[name]) for name in ("fit", "prototypes"))
+    units_from = run.unit_fingerprint(resources.device)
     marks = {
         "images": run.stage("images", made_from["images"], lambda: _images(run)),
         "features": run.stage(
             "features",
             made_from["features"],
-            lambda: _features(run, resources, made_from["features"]),
-            whole=lambda: not _units_to_do(run, made_from["features"], maps_wanted),
+            lambda: _features(run, resources, units_from),
+            whole=lambda: not _units_to_do(run, units_from, maps_wanted),
         ),
     }
+    passes = {split: features.finished_pass(run.run_dir, found, units_from) for split, found in run.images.items()}
     # of a reused pass too: the limit may have changed since
-    features.check_failures(run.run_dir, list(run.manifests), run.config.data.max_failed_fraction)
-    features.check_split(run.run_dir, list(run.manifests), run.config.model.tolerance)
+    features.check_failures(run.run_dir, passes.values(), run.config.data.max_failed_fraction)
+    features.check_split(run.run_dir, passes.values(), run.config.model.tolerance)
+    judged = [passes[split] for split in (FITTING_SPLIT, run.config.held_out_split) if split]
     marks |= {
-        "fit": run.stage("fit", made_from["fit"], lambda: _fit(run, resources, made_from)),
-        "prototypes": run.stage("prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, made_from)),
+        "fit": run.stage(
+            "fit", made_from["fit"], lambda: _fit(run, resources, passes[FITTING_SPLIT], made_from["fit"])
+        ),
+        "prototypes": run.stage("prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, judged)),
     }
     record = make_record(
         run.config,
@@ -70,16 +86,18 @@ def train(config: RunConfig, reporter: Reporter, force: bool = False, local: boo
         run.classes,
         marks,
         made_from,
+        passes,
         run.counts,
         resources,
         time.monotonic() - start,
     )
+    interrupts.check()
     run.run_dir.publish_json(RUN, record)
     return record
 
 
 def _describe(run: Run) -> str:
-    counts = ", ".join(f"{split} {table.num_rows}" for split, table in run.manifests.items())
+    counts = ", ".join(f"{split} {images.rows}" for split, images in run.images.items())
     height, width = run.classifier.grid
     maps = "all maps kept" if run.maps_kept else "maps of chosen images only"
     return (
@@ -90,7 +108,7 @@ def _describe(run: Run) -> str:
 
 def _images(run: Run) -> dict[str, Any]:
     for split in {file.split("/")[2].removesuffix(".parquet") for file in run.run_dir.list("tables/manifest")}:
-        if split not in run.manifests:
+        if split not in run.images:
             run.run_dir.delete(split_files(run.run_dir, split))  # a split that the settings no longer have
     classes = {
         "class_index": pa.array(range(len(run.classes.names)), pa.int32()),
@@ -98,48 +116,54 @@ def _images(run: Run) -> dict[str, Any]:
         "folder": pa.array(run.classes.folders, pa.string()),
     }
     size_bytes = write_table(run.run_dir, table_file("classes"), build_table("classes", classes))
-    size_bytes += images.write_manifests(run.run_dir, run.manifests)
-    rows = {split: table.num_rows for split, table in run.manifests.items()}
+    if run.listing:
+        size_bytes += run.listing.publish(run.classes)
+    rows = {split: images.rows for split, images in run.images.items()}
     return {"rows": rows, "bytes": size_bytes, "class_names_from": run.classes.origin}
 
 
-def _units_to_do(run: Run, made_from: str, maps_wanted: bool) -> list[pa.Table]:
-    size = run.config.features.unit_size
+def _units_to_do(run: Run, made_from: str, maps_wanted: bool) -> list[UnitRange]:
     return [
         unit
-        for split, manifest in run.manifests.items()
-        for unit in features.units_to_do(run.run_dir, split, manifest, size, made_from, maps_wanted)
+        for images in run.images.values()
+        for unit in features.units_to_do(run.run_dir, images, made_from, maps_wanted)
     ]
 
 
 def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
-    units = _units_to_do(run, made_from, run.maps_kept)
     arguments = {
         "run_dir": run.run_dir,
         "model": run.config.model,
         "resources": resources,
-        "fingerprint": made_from,
         "keep_maps": run.maps_kept,
     }
-    preprocessing = run.classifier.preprocessing
-    totals = run_pass("features", features.FeatureActor, arguments, units, preprocessing, resources, run.reporter)
+    totals = run_pass(
+        "features",
+        features.FeatureActor,
+        arguments,
+        lambda: _units_to_do(run, made_from, run.maps_kept),
+        run.classifier.preprocessing,
+        resources,
+        run.reporter,
+    )
     run.count(totals.decoded, totals.forwarded)
-    reasons = features.count_failures(run.run_dir, list(run.manifests))
-    rows = sum(table.num_rows for table in run.manifests.values())
+    passes = [features.finished_pass(run.run_dir, images, made_from) for images in run.images.values()]
     return {
-        "rows": rows,
+        "rows": sum(passed.rows for passed in passes),
         "bytes": totals.bytes_written,
-        "failed": sum(reasons.values()),
-        "failures": reasons,
+        "failed": sum(passed.failed for passed in passes),
+        "failures": features.count_failures(run.run_dir, passes),
         "images_done_here": totals.images,
+        "units": sum(len(passed.units) for passed in passes),
+        "units_redone": max(0, totals.units_begun - totals.units),
         "maps_kept": run.maps_kept,
         "actors": len(totals.actors),
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
 
 
-def _fit(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
-    job = fit.FitJob(run.run_dir, run.config, resources, made_from["features"], made_from["fit"])
+def _fit(run: Run, resources: Resources, passed: features.FeaturePass, made_from: str) -> dict[str, Any]:
+    job = fit.FitJob(run.run_dir, run.config, resources, passed, made_from)
     before = fit.counts_so_far(job)
     result = fit.fit_basis(job, run.reporter)
     run.count(result.decoded - before["decoded"], result.forwarded - before["forwarded"])
@@ -158,14 +182,9 @@ def _fit(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str,
     }
 
 
-def _prototypes(run: Run, resources: Resources, made_from: dict[str, str]) -> dict[str, Any]:
+def _prototypes(run: Run, resources: Resources, passes: list[features.FeaturePass]) -> dict[str, Any]:
     job = prototypes.PrototypesJob(
-        run.run_dir,
-        run.config,
-        resources,
-        run.classifier.preprocessing,
-        run.classifier.grid,
-        made_from["features"],
+        run.run_dir, run.config, resources, run.classifier.preprocessing, run.classifier.grid, passes
     )
     rows = prototypes.make_prototypes(job, fit.read_basis(run.run_dir), run.reporter)
     run.count(job.forwarded, job.forwarded)
@@ -178,12 +197,12 @@ def _prototypes(run: Run, resources: Resources, made_from: dict[str, str]) -> di
 def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str, Any]:
     """What `train` would do: stages, what is reused, rows, rough bytes. Reads no image and writes nothing."""
     run = open_run(config, reporter, force)
-    rows = sum(table.num_rows for table in run.manifests.values())
+    rows = sum(images.rows for images in run.images.values())
     channels, classes = run.classifier.channel_count, run.classifier.class_count
     # at most so many images are chosen in the first round; later rounds bring few more
     most = channels * run.config.fit.prototypes_per_channel.start
-    chosen = 0 if run.maps_kept else min(run.manifests[FITTING_SPLIT].num_rows, most)
-    held_out_rows = rows - run.manifests[FITTING_SPLIT].num_rows
+    chosen = 0 if run.maps_kept else min(run.images[FITTING_SPLIT].rows, most)
+    held_out_rows = rows - run.images[FITTING_SPLIT].rows
     size = {
         "images": 200 * rows,
         "features": 4 * (channels * rows + classes * held_out_rows) + map_bytes(run.classifier) * rows * run.maps_kept,
@@ -197,7 +216,7 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
     return {
         "run": str(run.run_dir),
         "model": _describe(run),
-        "images": {split: table.num_rows for split, table in run.manifests.items()},
+        "images": {split: images.rows for split, images in run.images.items()},
         "maps_kept": run.maps_kept,
         "stages": stages,
     }
@@ -243,52 +262,56 @@ def explain(
     config = run.config
     if split not in config.data.splits:
         raise ConfigError(f"split `{split}`: the run has {', '.join(config.data.splits)}; add it to data.splits")
-    listing = images.list_split(config.data, split)
-    manifest = _spread(images.build_manifest(config.data, listing, run.classes, config.data.root), limit)
+    with hold(run.run_dir, "explain") as run.lock:
+        return _explain(run, record, split, limit, local)
+
+
+def _explain(run: Run, record: dict[str, Any], split: str, limit: int | None, local: bool) -> ExplainResult:
+    config = run.config
+    listing = Listing(config.data, [split], run.reporter, run.run_dir)
+    images = listing.select(split, run.classes, config.features.unit_size, limit)
     settings = (config.explain.channels_per_image, config.explain.rank_by)
-    listed = [manifest[name].to_pylist() for name in ("image_id", "size_bytes")]
-    made_from = fingerprint(record["fingerprints"]["fit"], listed, settings)
+    made_from = fingerprint(record["fingerprints"]["fit"], settings)
+    units = cut_units(images, made_from)
     start_ray(local)
     resources = resolve_resources(config.resources)
 
+    def units_to_do() -> list[UnitRange]:
+        done = committed_units(run.run_dir, "explanations", units)
+        return [unit for unit in units if unit.number not in done]
+
     def work() -> dict[str, Any]:
-        done = committed_units(run.run_dir, "explanations", split, made_from)
-        units = cut_units(manifest, config.features.unit_size)
-        todo = [unit for number, unit in enumerate(units) if number not in done]
         arguments = {
             "run_dir": run.run_dir,
             "model": config.model,
             "resources": resources,
-            "fingerprint": made_from,
-            "basis": fit.read_basis(run.run_dir),
             "channels_per_image": settings[0],
             "rank_by": settings[1],
         }
         preprocessing = run.classifier.preprocessing
         totals = run_pass(
-            f"explain {split}", explanations.ExplainActor, arguments, todo, preprocessing, resources, run.reporter
+            f"explain {split}",
+            explanations.ExplainActor,
+            arguments,
+            units_to_do,
+            preprocessing,
+            resources,
+            run.reporter,
         )
-        facts = committed_units(run.run_dir, "explanations", split, made_from).values()
+        facts = committed_units(run.run_dir, "explanations", units).values()
         failed, readable = sum(unit.failed for unit in facts), sum(unit.readable for unit in facts)
-        _demand_few_failures(failed, manifest.num_rows, split, config.data.max_failed_fraction)
+        _demand_few_failures(failed, images.rows, split, config.data.max_failed_fraction)
         return {
-            "rows": manifest.num_rows,
+            "rows": images.rows,
             "failed": failed,
             "forwarded": totals.forwarded,
             "max_abs_difference": max((unit.max_abs_difference for unit in facts), default=0.0),
             "top1_agreement": sum(unit.agreeing for unit in facts) / max(readable, 1),
         }
 
-    mark = run.stage(f"explanations-{split}", made_from, work)
+    mark = run.stage(f"explanations-{split}", fingerprint(made_from, images.digest), work, lambda: not units_to_do())
     names = ("rows", "failed", "forwarded", "max_abs_difference", "top1_agreement", "seconds")
     return ExplainResult(split, *(mark[name] for name in names))
-
-
-def _spread(manifest: pa.Table, limit: int | None) -> pa.Table:
-    """All rows, or `limit` of them at even steps, so that every class folder has its part."""
-    if limit is None or limit >= manifest.num_rows:
-        return manifest
-    return manifest.take(pa.array([row * manifest.num_rows // limit for row in range(limit)]))
 
 
 def _demand_few_failures(failed: int, images: int, split: str, max_failed_fraction: float) -> None:

@@ -27,14 +27,14 @@ def make_record(
     classes: ClassNames,
     marks: dict[str, Any],
     made_from: dict[str, str],
+    passes: dict[str, features.FeaturePass],
     counts: dict[str, int],
     resources: Resources,
     seconds: float,
 ) -> dict[str, Any]:
     """The record of a run whose stages are all done; `counts` are those of this start, `marks` those of each stage."""
     basis = read_basis(run_dir)
-    splits = list(config.data.splits)
-    proofs = {split: prove_exactness(run_dir, split, made_from["features"], classifier, basis) for split in splits}
+    proofs = {split: prove_exactness(run_dir, passed, classifier, basis) for split, passed in passes.items()}
     held_out = config.held_out_split
     judged = [FITTING_SPLIT, *([held_out] if held_out else [])]
     proof = proofs[held_out] if held_out else None
@@ -51,7 +51,7 @@ def make_record(
             "grid": list(classifier.grid),
             "preprocessing": classifier.preprocessing.to_dict(),
             "split": vars(classifier.split),
-            "split_max_abs_difference": max(features.split_difference(run_dir, split) for split in splits),
+            "split_max_abs_difference": max(passed.max_abs_difference for passed in passes.values()),
         },
         "class_names_from": classes.origin,
         "backbone_top1": {split: proofs[split].backbone_top1 for split in judged},
@@ -64,8 +64,9 @@ def make_record(
         },
         "basis": {"orthogonality_error": orthogonality_error(basis)},
         "purity": {name: _purity(run_dir, name, judged) for name in ("before", "after")},
-        "counts": _counts(run_dir, splits, marks["features"]["failed"], counts),
+        "counts": _counts(run_dir, passes, counts),
         "failures": marks["features"]["failures"],
+        "units": {"all": marks["features"]["units"], "redone": marks["features"]["units_redone"]},
         "maps_kept": marks["features"]["maps_kept"],
         "seconds": {name: mark["seconds"] for name, mark in marks.items()} | {"this_start": round(seconds, 3)},
         "images_per_second": round(marks["features"]["images_done_here"] / max(marks["features"]["seconds"], 1e-9), 2),
@@ -85,13 +86,12 @@ def _purity(run_dir: RunDir, basis: str, splits: list[str]) -> dict[str, dict[st
     return {split: {f"at_{n}": prototypes.mean_purity(run_dir, basis, split, n) for n in counts} for split in splits}
 
 
-def _counts(run_dir: RunDir, splits: list[str], failed: int, this_start: dict[str, int]) -> dict[str, Any]:
+def _counts(run_dir: RunDir, passes: dict[str, features.FeaturePass], this_start: dict[str, int]) -> dict[str, Any]:
     """Images, and what was done with them: in this start, and in `total` by all the work that is committed."""
-    tables = [features.read_images_table(run_dir, split, ["width_px"]) for split in splits]
-    images = sum(table.num_rows for table in tables)
-    # an image that could not be decoded has no size; those chosen again for their map are counted again
-    decoded = images - sum(table["width_px"].null_count for table in tables)
-    again = sum(count_chosen_maps(run_dir, split) for split in splits)
+    images, decoded, failed = (
+        sum(getattr(passed, name) for passed in passes.values()) for name in ("rows", "decoded", "failed")
+    )
+    again = sum(count_chosen_maps(run_dir, split) for split in passes)  # chosen images are decoded again for their map
     total = {"images": images, "decoded": decoded + again, "forwarded": decoded + again, "failed": failed}
     return {"images": images, **this_start, "failed": failed, "total": total}
 

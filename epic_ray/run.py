@@ -5,17 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
+from epic_ray import interrupts
 from epic_ray.config import RunConfig, build_config, differences, fingerprint
 from epic_ray.errors import ConfigError, ResultError
+from epic_ray.lock import Lock
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import CONFIG, PICTURES, RUN, RunDir
-from epic_ray.stages import images
+from epic_ray.stages.images import Listing, SplitImages
 from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
 from epic_ray.stages.maps import keep_all_maps
+from epic_ray.storage import join
 
 TRAIN_STAGES = ("images", "features", "fit", "prototypes")
 
@@ -39,30 +41,37 @@ class Run:
     reporter: Reporter
     classifier: SplitClassifier
     classes: ClassNames
-    manifests: dict[str, pa.Table]
+    images: dict[str, SplitImages]
+    listing: Listing | None = None
+    lock: Lock | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"decoded": 0, "forwarded": 0})
 
     @property
     def maps_kept(self) -> bool:
-        counts = [table.num_rows for table in self.manifests.values()]
+        counts = [images.rows for images in self.images.values()]
         return keep_all_maps(counts, self.classifier, self.config.features.map_budget_bytes)
 
     def fingerprints(self, device: str) -> dict[str, str]:
         """What each stage is made from, computed on `device`; a stage's own contains those it builds on."""
-        config, resources = self.config, self.config.resources
-        listed = images.images_fingerprint(config.data, self.manifests)
+        config = self.config
+        listed = fingerprint("images", config.data.root, {split: found.digest for split, found in self.images.items()})
         named = fingerprint(listed, self.classes.names, self.classes.folders)
-        arithmetic = (device, resources.model_dump(include={"batch_size", "precision", "threads_per_actor"}))
-        passed = fingerprint(
-            listed,
-            model_facts(config.model, self.classifier),
-            config.features.model_dump(include={"dtype", "unit_size"}),
-            self.maps_kept,
-            arithmetic,
-        )
+        passed = fingerprint(listed, self.unit_fingerprint(device))
         fitted = fingerprint(passed, config.fit.model_dump(exclude={"workers"}))
         final = fingerprint(fitted, config.prototypes.model_dump(), config.held_out_split)
         return {"images": named, "features": passed, "fit": fitted, "prototypes": final}
+
+    def unit_fingerprint(self, device: str) -> str:
+        """What the results of any unit of the pass are made from, beside its images: so that another image elsewhere
+        leaves them as they are."""
+        config, resources = self.config, self.config.resources
+        return fingerprint(
+            config.data.root,
+            model_facts(config.model, self.classifier),
+            config.features.model_dump(include={"dtype", "unit_size"}),
+            self.maps_kept,
+            (device, resources.model_dump(include={"batch_size", "precision", "threads_per_actor"})),
+        )
 
     def reusable(self, name: str, made_from: str) -> dict[str, Any] | None:
         """The mark of a stage that was made from the same things, or None."""
@@ -73,6 +82,9 @@ class Run:
         self, name: str, made_from: str, work: Callable[[], dict[str, Any]], whole: Callable[[], bool] | None = None
     ) -> dict[str, Any]:
         """The mark of a stage: its own of old if nothing changed and all is `whole`, else the work done now."""
+        interrupts.check()
+        if self.lock:
+            self.lock.demand()
         mark = self.reusable(name, made_from)
         if mark and (whole is None or whole()):
             self.reporter.say(f"{name}: reused")
@@ -104,21 +116,18 @@ class Run:
 def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
     """Loads the classifier and lists the images; writes nothing. Raises what stands against the run."""
     config = resolve_paths(config)
-    run_dir = RunDir(f"{config.output.root}/{config.name}")
+    run_dir = RunDir(join(config.output.root, config.name))
     _demand_same_settings(config, run_dir, force)
     return prepare(config, run_dir, reporter)
 
 
 def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
     """The run's classifier, proved, and its images, listed."""
-    listings = [images.list_split(config.data, split) for split in config.data.splits]
+    listing = Listing(config.data, config.data.splits, reporter, run_dir)
     classifier = load(config.model)
-    classes = ClassNames.of(classifier, images.class_folders(config.data, listings))
-    manifests = {}
-    for listing in listings:
-        images.report_listing(reporter, listing)
-        manifests[listing.split] = images.build_manifest(config.data, listing, classes, config.data.root)
-    return Run(config, run_dir, reporter, classifier, classes, manifests)
+    classes = ClassNames.of(classifier, listing.class_names, listing.index_names)
+    images = listing.label(classes, config.features.unit_size)
+    return Run(config, run_dir, reporter, classifier, classes, images, listing)
 
 
 def _demand_same_settings(config: RunConfig, run_dir: RunDir, force: bool) -> None:

@@ -4,25 +4,34 @@ Committed output is the only truth. A file is written under a temporary name bes
 store: one put, which is whole or absent); a stage's mark is published last. Nothing reads a temporary name.
 """
 
+import errno
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from epic_ray.errors import ConfigError, InputError, ResultError
+from epic_ray.errors import ConfigError, InputError, ResultError, RunFailed
+from epic_ray.storage import StorageAway, is_local, is_uri, join, last_name, locate, patiently, resolve_root
 
 CONFIG, RUN = "config.yaml", "run.json"
 BASIS, BASIS_CARD = "basis/basis.safetensors", "basis/README.md"
 PICTURES = "pictures"
+LOCKS = "locks"
 UNIT_MAPS, CHOSEN_MAPS = "unit-", "chosen-"
 _TEMPORARY = ".tmp-"
+_BLOCK_BYTES = 16 * 1024**2
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+Result = TypeVar("Result")
 
 
 def table_folder(table: str, split: str | None = None) -> str:
@@ -67,24 +76,12 @@ def mark_file(stage: str) -> str:
     return f"marks/{stage}.json"
 
 
-def resolve_root(root: str) -> str:
-    """An absolute path or URI for a path, `~` expanded; URIs stay as they are."""
-    if root.startswith("file://"):
-        root = unquote(urlparse(root).path)
-    return root if is_uri(root) else str(Path(root).expanduser().absolute())
+def attempts_folder(stage: str, split: str | None = None, unit: int = 0) -> str:
+    return f"attempts/{stage}/{split}-{unit:06d}" if split else f"attempts/{stage}"
 
 
-def is_uri(path: str) -> bool:
-    return len(urlparse(path).scheme) > 1
-
-
-def open_filesystem(root: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's filesystem for a path or URI, and the path within it. Raises InputError for an unknown scheme."""
-    try:
-        filesystem, path = fs.FileSystem.from_uri(root if is_uri(root) else Path(root).as_uri())
-        return filesystem, path
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{root}: no filesystem for this address ({error}); use a path, s3:// or gs://") from None
+def attempt_file(stage: str, split: str, unit: int, name: str) -> str:
+    return f"{attempts_folder(stage, split, unit)}/{name}"
 
 
 class RunDir:
@@ -101,11 +98,11 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        return self.root.rstrip("/").rsplit("/", 1)[-1]
+        return last_name(self.root)
 
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:
-        return open_filesystem(self.root)
+        return locate(self.root)
 
     @property
     def filesystem(self) -> fs.FileSystem:
@@ -117,36 +114,74 @@ class RunDir:
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, fs.LocalFileSystem)
+        return is_local(self.filesystem)
 
     def show(self, relative: str) -> str:
         """The path as a person would type it."""
-        return f"{self.root.rstrip('/')}/{relative}"
+        return join(self.root, relative)
+
+    def ask(self, relative: str, call: Callable[[], Result], done: str = "read") -> Result:
+        """What a `call` on the filesystem gives, a store that is away waited for.
+
+        Raises FileNotFoundError, InputError for what is not permitted, RunFailed where the store stays away.
+        """
+        where = self.show(relative)
+        try:
+            return patiently(self.filesystem, where, call)
+        except FileNotFoundError:
+            raise
+        except StorageAway as error:
+            raise RunFailed(str(error)) from error
+        except OSError as error:
+            raise InputError(f"{where}: cannot be {done} ({error}); check rights") from error
 
     # --- reading
 
+    def _type(self, relative: str) -> fs.FileType:
+        return self.ask(relative, lambda: self.filesystem.get_file_info(self.path(relative))).type
+
     def exists(self, relative: str) -> bool:
-        return bool(self.filesystem.get_file_info(self.path(relative)).type == fs.FileType.File)
+        return bool(self._type(relative) == fs.FileType.File)
 
     def list(self, folder: str) -> list[str]:
-        """The published files of a folder and below, relative to the run, sorted."""
+        """The published files of a folder and below, relative to the run, sorted; claims only where asked for."""
         selector = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+        infos = self.ask(folder, lambda: self.filesystem.get_file_info(selector))
         base = len(self.path(""))
-        names = (info.path[base:] for info in self.filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+        names = [info.path[base:] for info in infos if info.type == fs.FileType.File]
+        if folder != LOCKS:
+            names = [name for name in names if not name.startswith(f"{LOCKS}/")]
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith(_TEMPORARY))
 
     def open(self, relative: str) -> pa.NativeFile:
         """A published file, memory-mapped where the run is local. Raises ResultError if it is absent."""
+        path = self.path(relative)
         try:
-            if self.is_local:
-                return pa.memory_map(self.path(relative))
-            return self.filesystem.open_input_file(self.path(relative))
+            return self.ask(
+                relative, partial(pa.memory_map if self.is_local else self.filesystem.open_input_file, path)
+            )
         except FileNotFoundError:
             raise ResultError(f"{self.show(relative)}: missing; run the stage that writes it again") from None
 
     def read_bytes(self, relative: str) -> bytes:
-        with self.open(relative) as file:
-            return bytes(file.read())
+        def read() -> bytes:
+            with self.open(relative) as file:
+                return bytes(file.read())
+
+        return self.ask(relative, read)
+
+    def fetch(self, relative: str, path: Path) -> None:
+        """Copies a published file to a local path. Raises as `open` does, and RunFailed where the disk is full."""
+
+        def copy() -> None:
+            with self.open(relative) as source, path.open("wb") as target:
+                while block := source.read(_BLOCK_BYTES):
+                    try:
+                        target.write(block)
+                    except OSError as error:  # of this disk, not of the store: nothing to wait for
+                        raise RunFailed(f"{path}: cannot be written ({error}); free some space") from error
+
+        self.ask(relative, copy)
 
     def read_json(self, relative: str) -> Any:
         try:
@@ -156,37 +191,58 @@ class RunDir:
 
     # --- publishing
 
-    def publish(self, relative: str, write: Callable[[pa.NativeFile], None]) -> int:
-        """Writes a whole file or none; gives its size in bytes. Raises InputError where the place is not writable."""
-        final = self.path(relative)
-        folder, name = final.rsplit("/", 1)
+    def publish(self, relative: str, write: Callable[[pa.NativeFile], None], durable: bool = True) -> int:
+        """Writes a whole file or none; gives its size in bytes.
+
+        A `durable` file on a local disk outlives a power cut. Raises InputError where the place is not writable,
+        RunFailed where it is full or a store stays away.
+        """
+        where = self.show(relative)
         try:
-            if not self.is_local:
-                return self._put(final, write)
-            self.filesystem.create_dir(folder, recursive=True)
-            return self._write_and_rename(f"{folder}/{_TEMPORARY}{uuid.uuid4().hex[:8]}-{name}", final, write)
+            return self._write_and_rename(relative, write, durable) if self.is_local else self._put(relative, write)
+        except StorageAway as error:
+            raise RunFailed(str(error)) from error
         except OSError as error:
-            where = self.show(relative)
+            if error.errno in _NO_SPACE:
+                advice = "free some and start again; what is finished is kept"
+                raise RunFailed(f"{where}: no space left ({error}); {advice}") from error
             raise InputError(f"{where}: cannot be written ({error}); check rights and free space") from error
 
-    def _put(self, final: str, write: Callable[[pa.NativeFile], None]) -> int:
+    def _put(self, relative: str, write: Callable[[pa.NativeFile], None]) -> int:
         # closing a stream half-way would publish a torn object: the whole file is ready before the stream opens
         buffer = pa.BufferOutputStream()
         write(buffer)
         data = buffer.getvalue()
-        with self.filesystem.open_output_stream(final) as stream:
-            stream.write(data)
+
+        def put() -> None:
+            with self.filesystem.open_output_stream(self.path(relative)) as stream:
+                stream.write(data)
+
+        def put_in_thread() -> None:
+            # no signal reaches a thread: an interrupt between opening and writing would publish an empty object
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                pool.submit(put).result()
+
+        patiently(self.filesystem, self.show(relative), put_in_thread)
         return len(data)
 
-    def _write_and_rename(self, temporary: str, final: str, write: Callable[[pa.NativeFile], None]) -> int:
+    def _write_and_rename(self, relative: str, write: Callable[[pa.NativeFile], None], durable: bool) -> int:
+        final = Path(self.path(relative))
+        temporary = final.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{final.name}")
+        self.filesystem.create_dir(str(final.parent), recursive=True)
         try:
-            with self.filesystem.open_output_stream(temporary) as stream:
+            with self.filesystem.open_output_stream(str(temporary)) as stream:
                 write(stream)
                 size_bytes = int(stream.tell())
-            self.filesystem.move(temporary, final)
+            if durable:
+                _flush(temporary)
+            self.filesystem.move(str(temporary), str(final))
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+        if durable:
+            with suppress(OSError):  # the file stands; not every network disk flushes folders
+                _flush(final.parent)
         return size_bytes
 
     def publish_bytes(self, relative: str, data: bytes) -> int:
@@ -196,13 +252,27 @@ class RunDir:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         return self.publish_bytes(relative, f"{text}\n".encode())
 
+    # --- deleting
+
     def delete(self, relatives: Iterable[str]) -> None:
+        """Deletes files; those that are already gone are no fault."""
         for relative in relatives:
-            self.filesystem.delete_file(self.path(relative))
+            with suppress(FileNotFoundError):
+                self.ask(relative, partial(self.filesystem.delete_file, self.path(relative)), "deleted")
 
     def delete_folder(self, folder: str) -> None:
-        if self.filesystem.get_file_info(self.path(folder)).type == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path(folder))
+        if self._type(folder) == fs.FileType.Directory:
+            with suppress(FileNotFoundError):
+                self.ask(folder, partial(self.filesystem.delete_dir, self.path(folder)), "deleted")
+
+    def remove_temporaries(self) -> int:
+        """Deletes what killed writers left in a local run, and gives how many files; only for who holds the run."""
+        if not self.is_local:  # a store shows whole objects only
+            return 0
+        left = [file for file in Path(self.path("")).rglob(f"{_TEMPORARY}*") if file.parent.name != LOCKS]
+        for file in left:
+            self.ask(file.name, partial(file.unlink, missing_ok=True), "deleted")
+        return len(left)
 
     # --- marks
 
@@ -218,28 +288,38 @@ class RunDir:
         return mark | facts
 
     def drop_mark(self, stage: str) -> None:
-        if self.exists(mark_file(stage)):
-            self.delete([mark_file(stage)])
+        self.delete([mark_file(stage)])
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def find_run(run: str | None, output_root: str) -> RunDir:
     """The run a command means: a folder, a URI, a name under `output_root`, or (None) the newest finished one there."""
     if run is not None:
-        candidates = [RunDir(run)] if is_uri(run) or "/" in run else [RunDir(run), RunDir(f"{output_root}/{run}")]
+        candidates = [RunDir(run)] if is_uri(run) or "/" in run else [RunDir(run), RunDir(join(output_root, run))]
         for candidate in candidates:
             if candidate.exists(CONFIG):
                 return candidate
         raise ConfigError(
             f"{run}: no run there (a folder with {CONFIG}); `epic-ray train` makes one under {output_root}/"
         )
-    filesystem, base = open_filesystem(resolve_root(output_root))
+    filesystem, base = locate(resolve_root(output_root))
+    selector = fs.FileSelector(base, allow_not_found=True)
     try:
-        infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+        infos = patiently(filesystem, output_root, lambda: filesystem.get_file_info(selector))
+    except StorageAway as error:
+        raise RunFailed(str(error)) from error
     except OSError as error:
         raise ConfigError(
             f"{output_root}: cannot be searched for runs ({error}); name the folder that holds them"
         ) from None
-    folders = [RunDir(f"{output_root}/{info.base_name}") for info in infos if info.type == fs.FileType.Directory]
+    folders = [RunDir(join(output_root, info.base_name)) for info in infos if info.type == fs.FileType.Directory]
     finished = [(_finished_at(folder), folder.name, folder) for folder in folders if folder.exists(RUN)]
     if not finished:
         raise ConfigError(f"{output_root}: holds no finished run; `epic-ray train` makes one, or name the run's folder")

@@ -4,17 +4,20 @@ The files are plain Parquet that pandas, polars and DuckDB read as they are. Vec
 tensors of float32; units and meanings stand in the field metadata, name and schema version in the schema metadata.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from epic_ray.errors import ResultError
+from epic_ray.errors import ResultError, RunFailed
 from epic_ray.run_dir import RunDir
+from epic_ray.storage import StorageAway, patiently
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ROW_GROUP_SIZE = 16_384
 VECTOR = "vector"  # a type that depends on the model: float32 [channels] or [classes]
 BOX = pa.fixed_shape_tensor(pa.float32(), [4])
 
@@ -49,18 +52,30 @@ class Table:
         return pa.schema(fields, metadata=about | dict(metadata or {}))
 
 
-_IMAGE_ID = Column("image_id", pa.string(), "path of the image relative to the data set's root")
+_IMAGE_ID = Column(
+    "image_id",
+    pa.string(),
+    "path of the image relative to the data set's root; in files of many, `file#key` or `file#row`",
+)
 _SPLIT = Column("split", pa.string(), "split of the image")
 _POSITION = Column("position", pa.int64(), "row of the image in its split's manifest, from 0")
-_LABEL = Column(
-    "label", pa.int32(), "class index of the image's folder in the head; null without labels", nullable=True
-)
+_LABEL = Column("label", pa.int32(), "class index of the image in the head; null without labels", nullable=True)
 _CHANNEL = Column("channel", pa.int32(), "row of U, from 0; under basis `before`, channel of the classifier's own map")
 _SIGN = Column("sign", pa.string(), "`positive`: strongest activation; `negative`: strongest negated activation")
 _BASIS = Column("basis", pa.string(), "`before`: the classifier's own channels (U = I); `after`: the fitted U")
 _CELL_ROW = Column("cell_row", pa.int32(), "row of the channel's peak in the feature map, from 0", "cell")
 _CELL_COL = Column("cell_col", pa.int32(), "column of the channel's peak in the feature map, from 0", "cell")
 _BOX = Column("box_xyxy_px", BOX, "the peak cell (left, top, right, bottom) in the upright original image", "px")
+_LISTED = (
+    _SPLIT,
+    _POSITION,
+    _IMAGE_ID,
+    Column("uri", pa.string(), "the file that holds the image's bytes: its own, or one of many images"),
+    Column("byte_offset", pa.int64(), "where the image begins in a tar file", "byte", nullable=True),
+    Column("row", pa.int64(), "row of the image in a Parquet file, from 0", nullable=True),
+    _LABEL,
+    Column("size_bytes", pa.int64(), "size of the encoded image, where the listing tells it", "byte", nullable=True),
+)
 
 TABLES = {
     table.name: table
@@ -74,18 +89,8 @@ TABLES = {
                 Column("folder", pa.string(), "name that class folders carry, where it differs", nullable=True),
             ),
         ),
-        Table(
-            "manifest",
-            "The images of the data set, before any was read; one file a split.",
-            (
-                _SPLIT,
-                _POSITION,
-                _IMAGE_ID,
-                Column("uri", pa.string(), "where the image's bytes are read from"),
-                _LABEL,
-                Column("size_bytes", pa.int64(), "size of the image's file when it was listed", "byte"),
-            ),
-        ),
+        Table("manifest", "The images of the data set, before any was read; one file a split.", _LISTED),
+        Table("selection", "The images that `explain` was asked for, as in the manifest; one file a split.", _LISTED),
         Table(
             "images",
             "What became of each image in the pass; one file a unit, the commit of that unit.",
@@ -231,23 +236,87 @@ def _vectors(values: Any) -> pa.FixedShapeTensorArray:
 
 def write_table(run_dir: RunDir, relative: str, table: pa.Table) -> int:
     """Publishes a table as one Parquet file; gives its size in bytes."""
-    words = [field.name for field in table.schema if pa.types.is_string(field.type)]
 
     def write(stream: pa.NativeFile) -> None:
-        pq.write_table(table, stream, compression="zstd", use_dictionary=words, row_group_size=16_384)
+        dictionary = _words(table.schema)
+        pq.write_table(table, stream, compression="zstd", use_dictionary=dictionary, row_group_size=ROW_GROUP_SIZE)
 
     return run_dir.publish(relative, write)
 
 
+def write_tables(run_dir: RunDir, relative: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Publishes tables of one schema as one Parquet file, one after another; gives its size in bytes."""
+
+    def write(stream: pa.NativeFile) -> None:
+        with pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=_words(schema)) as writer:
+            for table in tables:
+                writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP_SIZE)
+
+    return run_dir.publish(relative, write)
+
+
+def _words(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if pa.types.is_string(field.type)]
+
+
 def read_table(run_dir: RunDir, relative: str, columns: list[str] | None = None) -> pa.Table:
     """One file of a table, its schema checked. Raises ResultError for an absent, torn or foreign file."""
-    try:
+    table: pa.Table = _read(run_dir, relative, lambda parquet: parquet.read(columns=columns))
+    return table
+
+
+def read_batches(run_dir: RunDir, relative: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """One file of a table, a row group at a time: what a long table costs in memory does not grow with it."""
+    count = _read(run_dir, relative, lambda parquet: parquet.num_row_groups)
+    for group in range(count):
+
+        def read_group(parquet: pq.ParquetFile, group: int = group) -> pa.Table:
+            return parquet.read_row_group(group, columns=columns)
+
+        yield _read(run_dir, relative, read_group)
+
+
+def take_rows(run_dir: RunDir, relative: str, rows: np.ndarray, columns: list[str] | None = None) -> pa.Table:
+    """Rows of one file of a table, by their numbers in ascending order; only their row groups are read."""
+
+    def take(parquet: pq.ParquetFile) -> pa.Table:
+        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        ends = np.cumsum([0, *sizes])
+        if len(rows) and not 0 <= rows[0] <= rows[-1] < ends[-1]:
+            raise ResultError(f"{run_dir.show(relative)}: has {ends[-1]} rows, row {rows[-1]} was asked for")
+        groups = np.searchsorted(ends, rows, side="right") - 1
+        parts = [
+            parquet.read_row_group(int(group), columns=columns).take(pa.array(rows[groups == group] - ends[group]))
+            for group in np.unique(groups)
+        ]
+        if not parts:
+            return parquet.schema_arrow.empty_table().select(columns or parquet.schema_arrow.names)
+        return pa.concat_tables(parts)
+
+    table: pa.Table = _read(run_dir, relative, take)
+    return table
+
+
+def _read(run_dir: RunDir, relative: str, use: Callable[[pq.ParquetFile], Any]) -> Any:
+    """What `use` makes of a table's file; a store that is away is waited for."""
+
+    def read() -> Any:
         with run_dir.open(relative) as file:
-            parquet = pq.ParquetFile(file, pre_buffer=True)
-            check_schema(parquet.schema_arrow, run_dir.show(relative))
-            return parquet.read(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _torn(run_dir, relative, error) from error
+            try:
+                parquet = pq.ParquetFile(file, pre_buffer=True)
+                check_schema(parquet.schema_arrow, run_dir.show(relative))
+                return use(parquet)
+            except pa.ArrowInvalid as error:
+                raise _torn(run_dir, relative, error) from error
+            except OSError as error:
+                if run_dir.is_local:
+                    raise _torn(run_dir, relative, error) from error
+                raise
+
+    try:
+        return patiently(run_dir.filesystem, run_dir.show(relative), read)
+    except StorageAway as error:
+        raise RunFailed(str(error)) from error
 
 
 def _torn(run_dir: RunDir, relative: str, error: Exception) -> ResultError:
@@ -281,12 +350,8 @@ def read_tables(run_dir: RunDir, relatives: list[str], columns: list[str] | None
 
 
 def read_metadata(run_dir: RunDir, relative: str) -> dict[str, str]:
-    """The schema metadata of a table's file, from its footer alone. Raises ResultError for an absent or torn file."""
-    try:
-        with run_dir.open(relative) as file:
-            metadata = pq.read_schema(file).metadata or {}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _torn(run_dir, relative, error) from error
+    """The schema metadata of a table's file, from its footer alone. Raises ResultError as `read_table` does."""
+    metadata = _read(run_dir, relative, lambda parquet: parquet.schema_arrow.metadata or {})
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 

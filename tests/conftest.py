@@ -13,6 +13,8 @@ from PIL import Image
 from epic_ray.config import RunConfig, build_config
 from epic_ray.demo import DIGIT_PREPROCESSING
 
+# for the tests' own store: Ray's processes have the environment that Ray was started with
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 torch.set_num_threads(1)  # threads that wait for one another on a busy machine turn milliseconds into seconds
 
 CLASSES = ("blue", "green", "red")

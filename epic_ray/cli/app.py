@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import epic_ray
-from epic_ray.errors import INTERRUPTED_EXIT_CODE, EpicError
+from epic_ray.errors import EpicError
 
 app = typer.Typer(
     name="epic-ray",
@@ -39,14 +39,20 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
+        from epic_ray.interrupts import catch_signals, check, ending
+
         try:
-            return command(*arguments, **options)
-        except EpicError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            print("interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
+            with catch_signals():
+                try:
+                    return command(*arguments, **options)
+                except EpicError as error:
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                    check()  # what fails after an interrupt that was lost on its way, fails of it
+                    raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt as interrupt:
+            message, exit_code = ending(interrupt)
+            print(message, file=sys.stderr)
+            raise typer.Exit(exit_code) from None
 
     return run
 

@@ -51,7 +51,7 @@ def explain(
 
 def _sort(words: list[str]) -> tuple[str | None, list[Path]]:
     """The run and the image files among the arguments."""
-    from epic_ray.stages.images import IMAGE_SUFFIXES
+    from epic_ray.stages.sources.base import IMAGE_SUFFIXES
 
     files = [Path(word) for word in words if word.lower().endswith(IMAGE_SUFFIXES)]
     others = [word for word in words if not word.lower().endswith(IMAGE_SUFFIXES)]
@@ -99,19 +99,20 @@ def _print_split(run: Any, facts: dict[str, Any]) -> None:
 
 def _explain_files(run: Any, files: list[Path], out: Path, as_json: bool) -> None:
     from epic_ray.report.explained import Illustrator, rows_of, safe_name
+    from epic_ray.stages.images import Address
 
     options = run.config.explain
     illustrator = Illustrator(run, options.prototypes_per_channel)
     results: list[dict[str, Any]] = []
     taken: set[Path] = set()
     for path in files:
-        uri = str(path.absolute())
-        seen, explained = illustrator.explain(uri, options.channels_per_image, options.rank_by)
+        address = Address(str(path.absolute()))
+        seen, explained = illustrator.explain(address, options.channels_per_image, options.rank_by)
         rows = rows_of(explained, run, seen.image.size)
         target = _target(out, safe_name(path.name), taken)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            illustrator.draw(path.name, uri, rows).save(target)
+            illustrator.draw(path.name, address, rows).save(target)
         except OSError as error:
             raise InputError(f"{target}: cannot be written ({error}); give --out a writable folder") from None
         results.append({"image": str(path), "picture": str(target), "channels": rows})

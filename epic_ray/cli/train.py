@@ -29,8 +29,9 @@ model:
   classes: null               # the head's class names in order (list or file), where the library does not know them
   preprocessing: auto         # the weights' own, or {resize: 256, crop: 224, interpolation: bilinear, ...}
 data:
-  root: path/to/images        # holds <split>/<class>/<image>
-  splits: {train: train, val: val}
+  root: path/to/images        # a folder, s3:// or gs://: <split>/<class>/<image>, or Parquet, tar or CSV files
+  format: auto                # auto | imagefolder | parquet | webdataset | csv
+  splits: {train: train, val: val}    # each split's folder, file, or pattern such as data/train-*.parquet
   max_failed_fraction: 0.01
 fit: {solver: procrustes, start: quartimax, seed: 42}
 prototypes: {per_channel: 5}
@@ -70,7 +71,7 @@ def validate(run_file: RunFile = None, settings: Settings = None, as_json: Json 
         "name": run.config.name,
         "model": run.classifier.origin,
         "largest_difference": run.classifier.split.largest_difference,
-        "images": {split: table.num_rows for split, table in run.manifests.items()},
+        "images": {split: images.rows for split, images in run.images.items()},
     }
     if as_json:
         print_json(facts)

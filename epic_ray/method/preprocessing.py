@@ -32,6 +32,8 @@ _UPRIGHT = {
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels: the point where Pillow itself speaks of a decompression bomb."""
 
+_SCALED_AT_ONCE = 1 << 18
+
 RESIZE_MODES = ("short", "squash", "cover", "contain")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -49,7 +51,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     values by 255/65535, other integers and floats outside 0..1 from the image's own range. Alpha is dropped.
 
     Raises ImageError, with the reason, for an empty, truncated, unknown or damaged file, and for one of more than
-    `max_pixels` pixels, which is told from its header. No warning of Pillow's escapes.
+    `max_pixels` pixels, which is told from its header; MemoryError where the memory does not suffice. No warning of
+    Pillow's escapes.
     """
     if not data:
         raise ImageError("empty file")
@@ -62,6 +65,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except (ImageError, MemoryError):
             raise
         except Exception as error:  # damaged files make the decoders raise nearly anything
+            if "out of memory" in str(error).lower() or isinstance(error.__cause__, MemoryError):
+                raise MemoryError(_one_line(error)) from error  # Pillow's decoders say it by other errors
             truncated = "truncated" in str(error) or isinstance(error, EOFError)
             state = "truncated" if truncated else "damaged"
             raise ImageError(f"{state} {image.format}: {_one_line(error)}") from error
@@ -89,6 +94,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
     except Exception:  # unreadable EXIF: it says nothing about orientation, and the pixels are fine
         return image
     method = _UPRIGHT.get(orientation)
@@ -103,14 +110,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(values: np.ndarray) -> np.ndarray:
-    exact = values.astype(np.float64)
-    if not np.isfinite(exact).all():
+    if not np.isfinite(values).all():
         raise ImageError("not an image: its gray values are not all finite")
-    low, high = float(exact.min()), float(exact.max())
-    full = 65535.0 if np.issubdtype(values.dtype, np.integer) else 1.0
+    low, high = float(values.min()), float(values.max())
+    zero, full = 0.0, 65535.0 if np.issubdtype(values.dtype, np.integer) else 1.0
     if low < 0 or high > full:
-        exact, full = exact - low, (high - low) or 1.0
-    return np.asarray(np.rint(exact * (255.0 / full)), dtype=np.uint8)
+        zero, full = low, (high - low) or 1.0
+    flat = values.ravel()
+    scaled = np.empty(flat.shape, np.uint8)
+    for start in range(0, flat.size, _SCALED_AT_ONCE):  # in float64, a whole large image takes gigabytes
+        part = slice(start, start + _SCALED_AT_ONCE)
+        scaled[part] = np.rint((flat[part].astype(np.float64) - zero) * (255.0 / full))
+    return scaled.reshape(values.shape)
 
 
 def _one_line(error: Exception) -> str:

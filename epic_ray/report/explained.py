@@ -25,10 +25,11 @@ from epic_ray.pipeline import Run
 from epic_ray.report.pictures import ChannelRow, ExplanationPicture, Tile, draw_explanation
 from epic_ray.run_dir import PICTURES, table_file, table_folder
 from epic_ray.stages.fit import read_basis
-from epic_ray.stages.images import read_image_bytes, read_manifest
+from epic_ray.stages.images import Address, find_images
 from epic_ray.stages.prototypes import SIGN_NAMES
+from epic_ray.stages.reading import UnreadableError
 from epic_ray.stages.resources import likely_device, take_device
-from epic_ray.tables import read_table, read_tables, to_numpy
+from epic_ray.tables import read_table, to_numpy
 
 _CACHED_IMAGES = 48  # originals in full size: a large photo takes 70 MB
 
@@ -52,36 +53,35 @@ class Illustrator:
         self._basis = read_basis(run.run_dir).to(self._device)
         self._weight = absorb(self._classifier.weight, self._basis)
         self._count = prototypes_per_channel
-        manifest = read_manifest(run.run_dir, FITTING_SPLIT)
-        self._uris = dict(zip(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist(), strict=True))
         table = read_table(run.run_dir, table_file("prototypes"))
         kept = table.filter((pc.field("basis") == "after") & (pc.field("rank") <= prototypes_per_channel))
         self._prototypes: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for row in kept.to_pylist():
             self._prototypes.setdefault((row["sign"], row["channel"]), []).append(row)
+        self._addresses = find_images(run.run_dir, "manifest", FITTING_SPLIT, kept["image_id"].to_pylist())
         self._see = lru_cache(maxsize=_CACHED_IMAGES)(self._look)
 
-    def explain(self, uri: str, k: int, rank_by: Any) -> tuple[Seen, Explained]:
+    def explain(self, address: Address, k: int, rank_by: Any) -> tuple[Seen, Explained]:
         """One image, explained here and now. Raises InputError for an image that cannot be read."""
         try:
-            seen = self._see(uri)
+            seen = self._see(address)
         except (ImageError, OSError) as error:
-            raise InputError(f"{uri}: {error}; give a whole image file") from None
+            raise InputError(f"{address.uri}: {error}; give a whole image file") from None
         with torch.inference_mode():
             bias = self._classifier.bias
             return seen, explain_maps(seen.maps, seen.logits, self._weight, bias, self._basis, k, rank_by)
 
-    def draw(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> Image.Image:
+    def draw(self, image_id: str, address: Address, rows: list[dict[str, Any]]) -> Image.Image:
         """The picture of one image from its rows of the table `explanations`, strongest channel first."""
-        picture = self.compose(image_id, uri, rows)
+        picture = self.compose(image_id, address, rows)
         try:
             return draw_explanation(picture)
         except ValueError as error:
             raise ResultError(f"{error}; its file or the classifier changed since: explain the split again") from error
 
-    def compose(self, image_id: str, uri: str, rows: list[dict[str, Any]]) -> ExplanationPicture:
+    def compose(self, image_id: str, address: Address, rows: list[dict[str, Any]]) -> ExplanationPicture:
         """What that picture shows: numbers from the rows, images from the files that the rows name."""
-        first, seen = rows[0], self._see(uri)
+        first, seen = rows[0], self._see(address)
         names = self._run.classes.names
         bias = float(self._classifier.bias[first["predicted"]])
         shares = self._weight[first["predicted"]] * (self._basis @ seen.maps[0].mean(dim=(1, 2)))
@@ -116,8 +116,8 @@ class Illustrator:
         name = "no label" if row["label"] is None else self._run.classes.names[row["label"]]
         caption = f"{name} · purity {row['purity']:.2f} · {row['image_id'].rsplit('/', 1)[-1]}"
         try:
-            return self._tile(self._see(self._uris[row["image_id"]]), row, caption)
-        except (ImageError, OSError):
+            return self._tile(self._see(self._addresses[row["image_id"]]), row, caption)
+        except (ImageError, UnreadableError):
             return Tile(None, None, (0.0, 0.0, 1.0, 1.0), None, caption)
 
     def _tile(self, seen: Seen, row: dict[str, Any], caption: str) -> Tile:
@@ -127,8 +127,8 @@ class Illustrator:
         grid_box = self._classifier.preprocessing.grid_box(seen.image.size)
         return Tile(seen.image, heat.cpu().numpy(), grid_box, box, caption if box else f"{caption} (peak in padding)")
 
-    def _look(self, uri: str) -> Seen:
-        image = decode_image(read_image_bytes(uri))
+    def _look(self, address: Address) -> Seen:
+        image = decode_image(address.read())
         pixels = torch.from_numpy(self._classifier.preprocessing.apply(image)[None])
         with torch.inference_mode():
             maps, logits = self._classifier(self._classifier.normalise(pixels.to(self._device)))
@@ -169,22 +169,33 @@ def rows_of(explained: Explained, run: Run, image_size: tuple[int, int], label: 
 
 def draw_split(run: Run, split: str, count: int, prototypes_per_channel: int, reporter: Reporter) -> list[str]:
     """Draws `count` of a split's explained images, spread evenly; gives the files, relative to the run."""
-    table = read_tables(run.run_dir, run.run_dir.list(table_folder("explanations", split)))
-    positions = np.unique(to_numpy(table["position"]))
-    chosen = positions[np.arange(min(count, len(positions))) * len(positions) // max(min(count, len(positions)), 1)]
+    tables = run.run_dir.list(table_folder("explanations", split))
+    place = {
+        position: file
+        for file in tables
+        for position in np.unique(to_numpy(read_table(run.run_dir, file, ["position"])["position"])).tolist()
+    }
+    positions, count = sorted(place), min(count, len(place))
+    chosen = [positions[number * len(positions) // count] for number in range(count)]
+    rows = {position: _rows_at(run, place[position], position) for position in chosen}
+    addresses = find_images(run.run_dir, "selection", split, (found[0]["image_id"] for found in rows.values()))
     folder = f"{PICTURES}/{split}"
     run.run_dir.delete_folder(folder)
     illustrator, files = Illustrator(run, prototypes_per_channel), []
-    root = run.config.data.root.rstrip("/")
     with reporter.stage("pictures", len(chosen), "pictures") as meter:
         for position in chosen:
-            rows = table.filter(pc.equal(table["position"], int(position))).sort_by("rank").to_pylist()
-            image_id = rows[0]["image_id"]
-            picture = illustrator.draw(image_id, f"{root}/{image_id}", rows)
+            image_id = rows[position][0]["image_id"]
+            picture = illustrator.draw(image_id, addresses[image_id], rows[position])
             files.append(f"{folder}/{position:06d}-{safe_name(image_id)}.png")
             publish_picture(run, files[-1], picture)
             meter.advance()
     return files
+
+
+def _rows_at(run: Run, file: str, position: int) -> list[dict[str, Any]]:
+    """The rows of one image in a file of explanations, strongest channel first."""
+    table = read_table(run.run_dir, file)
+    return table.filter(pc.equal(table["position"], position)).sort_by("rank").to_pylist()
 
 
 def publish_picture(run: Run, relative: str, picture: Image.Image) -> None:
@@ -195,5 +206,5 @@ def publish_picture(run: Run, relative: str, picture: Image.Image) -> None:
 
 def safe_name(image_id: str) -> str:
     """A file name for an image id that cannot leave its folder."""
-    stem = image_id.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    stem = image_id.rsplit("/", 1)[-1].rsplit("#", 1)[-1].rsplit(".", 1)[0]
     return re.sub(r"[^\w-]+", "_", stem).strip("_")[:80] or "image"

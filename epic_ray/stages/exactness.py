@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-import numpy as np
+import pyarrow.compute as pc
 import torch
 
+from epic_ray.errors import ResultError
 from epic_ray.method.basis import absorb, rotate_pooled
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import RunDir
-from epic_ray.stages.features import feature_files, read_images_table
-from epic_ray.tables import read_table, to_numpy
+from epic_ray.stages.features import FeaturePass, read_features, read_status
+from epic_ray.tables import to_numpy
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,31 @@ class Exactness:
 
 
 def prove_exactness(
-    run_dir: RunDir, split: str, fingerprint: str, classifier: SplitClassifier, basis: torch.Tensor
+    run_dir: RunDir, passed: FeaturePass, classifier: SplitClassifier, basis: torch.Tensor
 ) -> Exactness:
     """Rebuilds the logits of every image of a split as (A·Uᵀ)(U·v) + b and compares them with the classifier's own."""
     weight, bias = absorb(classifier.weight.cpu(), basis), classifier.bias.cpu()
-    images = read_images_table(run_dir, split, ["position", "label", "predicted"])
-    labels, predicted = (images[name].to_numpy(zero_copy_only=False) for name in ("label", "predicted"))
-    rebuilt_class = np.full(images.num_rows, -1)
+    images = labelled = own_right = right = agreeing = 0
     largest: float | None = None
-    for file in feature_files(run_dir, split, fingerprint):
-        table = read_table(run_dir, file)
-        rebuilt = rotate_pooled(torch.tensor(to_numpy(table["pooled"])), basis) @ weight.T + bias
-        rebuilt_class[to_numpy(table["position"])] = rebuilt.argmax(dim=1).numpy()
-        if "logits" in table.column_names:
-            difference = (rebuilt - torch.tensor(to_numpy(table["logits"]))).abs().max()
+    for file, unit in zip(passed.files(), passed.readable_units(), strict=True):
+        features = read_features(run_dir, file)
+        status = read_status(run_dir, passed.split, unit.number, ["position", "status", "label", "predicted"])
+        status = status.filter(pc.equal(status["status"], "ok"))
+        if not status["position"].equals(features["position"]):
+            raise ResultError(f"{run_dir.show(file.relative)}: has other images than the unit's statuses; run it again")
+        rebuilt = rotate_pooled(torch.tensor(to_numpy(features["pooled"])), basis) @ weight.T + bias
+        guess, predicted = rebuilt.argmax(dim=1).numpy(), to_numpy(status["predicted"])
+        labels = to_numpy(pc.fill_null(status["label"], -1))
+        images += len(guess)
+        labelled += int((labels >= 0).sum())
+        own_right += int((predicted == labels).sum())
+        right += int((guess == labels).sum())
+        agreeing += int((guess == predicted).sum())
+        if "logits" in features.column_names:
+            difference = (rebuilt - torch.tensor(to_numpy(features["logits"]))).abs().max()
             largest = max(largest or 0.0, float(difference))
-    read = rebuilt_class >= 0
-    labelled = read & ~np.isnan(labels.astype(float))
 
-    def share(guess: np.ndarray) -> float | None:
-        return float((guess[labelled] == labels[labelled]).mean()) if labelled.any() else None
+    def share(count: int) -> float | None:
+        return count / labelled if labelled else None
 
-    agreement = float((rebuilt_class[read] == predicted[read]).mean()) if read.any() else 1.0
-    return Exactness(int(read.sum()), share(predicted), share(rebuilt_class), largest, agreement)
+    return Exactness(images, share(own_right), share(right), largest, agreeing / images if images else 1.0)

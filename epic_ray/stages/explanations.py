@@ -11,7 +11,9 @@ from epic_ray.method.basis import absorb
 from epic_ray.method.explanation import Explained, explain_maps
 from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.run_dir import RunDir, unit_file
+from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.features import NON_FINITE
+from epic_ray.stages.fit import read_basis
 from epic_ray.stages.image_pass import Unit, UnitActor, UnitFacts
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.resources import Resources
@@ -26,13 +28,12 @@ class ExplainActor(UnitActor):
         run_dir: RunDir,
         model: ModelConfig,
         resources: Resources,
-        fingerprint: str,
-        basis: torch.Tensor,
+        attempts: Attempts,
         channels_per_image: int,
         rank_by: Literal["share", "score"],
     ) -> None:
-        super().__init__(run_dir, model, resources, fingerprint)
-        self._basis = basis.to(self.device)
+        super().__init__(run_dir, model, resources, attempts)
+        self._basis = read_basis(run_dir).to(self.device)  # no argument: Ray loses large ones with the node they lie on
         self._weight = absorb(self.classifier.weight, self._basis)
         self._count, self._rank_by = channels_per_image, rank_by
 
@@ -46,9 +47,17 @@ class ExplainActor(UnitActor):
             unit.reasons[row] = NON_FINITE
         table = explanation_table(unit, readable, parts, self.classifier.grid, self.classifier.preprocessing)
         difference, agrees = _joined(parts, "difference")[finite], _joined(parts, "agrees")[finite]
+        relative = difference / (1 + np.abs(_joined(parts, "logit")[finite]))
         good = int(finite.sum())
-        facts = UnitFacts(good, unit.rows.num_rows - good, float(difference.max(initial=0)), int(agrees.sum()))
-        table = table.replace_schema_metadata((table.schema.metadata or {}) | self.metadata(facts))
+        facts = UnitFacts(
+            decoded=len(readable),
+            readable=good,
+            failed=unit.rows.num_rows - good,
+            max_abs_difference=float(difference.max(initial=0)),
+            max_relative_difference=float(relative.max(initial=0)),
+            agreeing=int(agrees.sum()),
+        )
+        table = table.replace_schema_metadata((table.schema.metadata or {}) | self.metadata(unit, facts))
         return write_table(self.run_dir, unit_file("explanations", unit.split, unit.number), table)
 
 

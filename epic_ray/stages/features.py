@@ -1,7 +1,9 @@
 """The one pass over the images: pooled features, prediction and status of each, and the maps where they fit."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from epic_ray.config import FITTING_SPLIT, ModelConfig
-from epic_ray.errors import InputError
+from epic_ray.config import FITTING_SPLIT, ModelConfig, fingerprint
+from epic_ray.errors import InputError, ResultError
 from epic_ray.run_dir import RunDir, table_folder, unit_file, unit_map_file
-from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units, cut_units
+from epic_ray.stages.attempts import Attempts
+from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units
+from epic_ray.stages.images import SplitImages, UnitRange, cut_units
 from epic_ray.stages.maps import cells_last, committed_map_units, write_maps
 from epic_ray.stages.resources import Resources
-from epic_ray.tables import build_table, read_metadata, read_tables, to_numpy, write_table
+from epic_ray.tables import build_table, read_table, to_numpy, write_table
 
 NON_FINITE = "the classifier's features or logits are not finite for this image"
 
@@ -24,26 +28,34 @@ class FeatureActor(UnitActor):
     """Turns a unit of images into files of features, maps (if kept) and statuses, the last of which commits it."""
 
     def __init__(
-        self, run_dir: RunDir, model: ModelConfig, resources: Resources, fingerprint: str, keep_maps: bool
+        self, run_dir: RunDir, model: ModelConfig, resources: Resources, attempts: Attempts, keep_maps: bool
     ) -> None:
-        super().__init__(run_dir, model, resources, fingerprint)
+        super().__init__(run_dir, model, resources, attempts)
         self._keep_maps = keep_maps
 
     def commit(self, unit: Unit, readable: np.ndarray) -> int:
         results = self._compute(unit, readable)
+        decoded = len(readable)
         finite = results.finite
         for row in readable[~finite]:
             unit.reasons[row] = NON_FINITE
         good = readable[finite]
         names = (unit.split, unit.number)
-        difference, agreeing = float(results.difference[finite].max(initial=0)), int(results.agrees[finite].sum())
-        about = self.metadata(UnitFacts(len(good), unit.rows.num_rows - len(good), difference, agreeing))
+        difference = results.difference[finite]
+        relative = difference / (1 + np.abs(results.logit[finite]))
+        facts = UnitFacts(
+            decoded=decoded,
+            readable=len(good),
+            failed=unit.rows.num_rows - len(good),
+            max_abs_difference=float(difference.max(initial=0)),
+            max_relative_difference=float(relative.max(initial=0)),
+            agreeing=int(results.agrees[finite].sum()),
+        )
+        about = self.metadata(unit, facts)
         written = 0
         if self._keep_maps and len(good):
             positions = to_numpy(unit.column("position", good))
-            written += write_maps(
-                self.run_dir, unit_map_file(*names), positions, results.maps[finite], self.fingerprint
-            )
+            written += write_maps(self.run_dir, unit_map_file(*names), positions, results.maps[finite], unit.made_from)
         if len(good):
             written += write_table(
                 self.run_dir, unit_file("features", *names), self._features(unit, good, results, finite, about)
@@ -131,79 +143,161 @@ class _Results:
         return finite
 
 
-def units_to_do(
-    run_dir: RunDir, split: str, manifest: pa.Table, unit_size: int, fingerprint: str, maps_wanted: bool
-) -> list[pa.Table]:
+@dataclass(frozen=True)
+class FeaturePass:
+    """A split's part of the pass: its units, and what each has left. Small, and sent to whoever reads the features.
+
+    fingerprint: what all of it was made from, the mark of maps that are made later.
+    """
+
+    split: str
+    rows: int
+    unit_size: int
+    fingerprint: str
+    units: tuple[UnitRange, ...]
+    facts: tuple[UnitFacts, ...]
+
+    @property
+    def readable(self) -> int:
+        return sum(facts.readable for facts in self.facts)
+
+    @property
+    def failed(self) -> int:
+        return sum(facts.failed for facts in self.facts)
+
+    @property
+    def decoded(self) -> int:
+        return sum(facts.decoded for facts in self.facts)
+
+    @property
+    def max_abs_difference(self) -> float:
+        """Largest |difference| of A·v + b from the classifier's own logits."""
+        return max((facts.max_abs_difference for facts in self.facts), default=0.0)
+
+    def files(self) -> list["FeatureFile"]:
+        """The feature files, by unit: every one of them is needed."""
+        return [
+            FeatureFile(unit_file("features", self.split, unit.number), unit.made_from)
+            for unit in self.readable_units()
+        ]
+
+    def readable_units(self) -> list[UnitRange]:
+        """The units with a readable image, which alone have features."""
+        return [unit for unit, facts in zip(self.units, self.facts, strict=True) if facts.readable]
+
+    def made_from(self) -> frozenset[str]:
+        """The fingerprints that maps of this split may carry."""
+        return frozenset({self.fingerprint, *(unit.made_from for unit in self.units)})
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    relative: str
+    made_from: str
+
+
+def units_to_do(run_dir: RunDir, images: SplitImages, made_from: str, maps_wanted: bool) -> list[UnitRange]:
     """The units of a split of which a file is missing; what other settings have left is removed.
 
     A unit is done where its statuses are committed, and with them its features and (where wanted) its maps.
     """
-    featured = committed_units(run_dir, "features", split, fingerprint)
-    mapped = committed_map_units(run_dir, split, fingerprint)
-    statuses = committed_units(run_dir, "images", split, fingerprint)
+    units = cut_units(images, made_from)
+    featured = committed_units(run_dir, "features", units)
+    by_number = {unit.number: unit.made_from for unit in units}
+    mapped = committed_map_units(run_dir, images.split, by_number, _listed(images, made_from))
+    statuses = committed_units(run_dir, "images", units)
     done = {
         number
         for number, facts in statuses.items()
         if not facts.readable or (number in featured and (number in mapped or not maps_wanted))
     }
-    return [unit for number, unit in enumerate(cut_units(manifest, unit_size)) if number not in done]
+    return [unit for unit in units if unit.number not in done]
 
 
-def feature_files(run_dir: RunDir, split: str, fingerprint: str) -> list[str]:
-    """The feature files of a split that were made from `fingerprint`, by unit."""
-    files = run_dir.list(table_folder("features", split))
-    return [file for file in files if read_metadata(run_dir, file).get(FINGERPRINT_KEY) == fingerprint]
+def finished_pass(run_dir: RunDir, images: SplitImages, made_from: str) -> FeaturePass:
+    """What the pass has left of a split. Raises ResultError where a unit is not committed."""
+    units = cut_units(images, made_from)
+    facts = committed_units(run_dir, "images", units)
+    missing = [unit.number for unit in units if unit.number not in facts]
+    if missing:
+        where = run_dir.show(table_folder("images", images.split))
+        raise ResultError(f"{where}: unit {missing[0]} is not there as this run made it; run it again")
+    found = tuple(facts[unit.number] for unit in units)
+    listed = _listed(images, made_from)
+    return FeaturePass(images.split, images.rows, images.unit_size, listed, tuple(units), found)
 
 
-def read_images_table(run_dir: RunDir, split: str, columns: list[str] | None = None) -> pa.Table:
-    """What became of each image of a split, in the manifest's order."""
-    return read_tables(run_dir, run_dir.list(table_folder("images", split)), columns)
+def _listed(images: SplitImages, made_from: str) -> str:
+    """What results over a whole split are made from: another image anywhere moves the positions of others."""
+    return fingerprint(made_from, images.split, images.digest)
 
 
-def count_failures(run_dir: RunDir, splits: list[str]) -> dict[str, int]:
+def read_features(run_dir: RunDir, file: FeatureFile, columns: list[str] | None = None) -> pa.Table:
+    """The features of a unit. Raises ResultError for an absent file, and for one that another start has left."""
+    table = read_table(run_dir, file.relative, columns)
+    if (table.schema.metadata or {}).get(FINGERPRINT_KEY.encode()) != file.made_from.encode():
+        raise ResultError(f"{run_dir.show(file.relative)}: was made by a start with other settings; run it again")
+    return table
+
+
+def read_status(run_dir: RunDir, split: str, unit: int, columns: list[str] | None = None) -> pa.Table:
+    """What became of each image of a unit, in the manifest's order."""
+    return read_table(run_dir, unit_file("images", split, unit), columns)
+
+
+def status_of(run_dir: RunDir, passed: FeaturePass, positions: np.ndarray, columns: list[str]) -> pa.Table:
+    """What became of images, a row for each of `positions` in their order; only their units' files are read."""
+    numbers = positions // passed.unit_size
+    parts, order = [], []
+    for number in np.unique(numbers):
+        places = np.flatnonzero(numbers == number)
+        table = read_status(run_dir, passed.split, int(number), columns)
+        parts.append(table.take(pa.array(positions[places] - number * passed.unit_size)).replace_schema_metadata())
+        order.append(places)
+    return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order))))
+
+
+def _failures(run_dir: RunDir, passed: FeaturePass) -> Iterator[dict[str, Any]]:
+    """The failed images of a split, one by one."""
+    for unit, facts in zip(passed.units, passed.facts, strict=True):
+        if facts.failed:
+            table = read_status(run_dir, passed.split, unit.number, ["image_id", "status", "reason"])
+            yield from table.filter(pc.equal(table["status"], "failed")).to_pylist()
+
+
+def count_failures(run_dir: RunDir, passes: Iterable[FeaturePass]) -> dict[str, int]:
     """Failures by reason over all splits."""
     reasons: Counter[str] = Counter()
-    for split in splits:
-        reasons.update(reason.split(":")[0] for reason in _failed(run_dir, split)[0]["reason"].to_pylist())
+    for passed in passes:
+        reasons.update(row["reason"].split(":")[0] for row in _failures(run_dir, passed))
     return dict(reasons)
 
 
-def check_failures(run_dir: RunDir, splits: list[str], max_failed_fraction: float) -> None:
+def check_failures(run_dir: RunDir, passes: Iterable[FeaturePass], max_failed_fraction: float) -> None:
     """Raises InputError where more than its share of a split's images failed, or all of them."""
-    for split in splits:
-        failed, count = _failed(run_dir, split)
-        fraction = failed.num_rows / count
-        if fraction > max_failed_fraction or failed.num_rows == count:
-            first = ", ".join(f"{row['image_id']} ({row['reason']})" for row in failed.slice(0, 3).to_pylist())
+    for passed in passes:
+        fraction = passed.failed / passed.rows
+        if fraction > max_failed_fraction or not passed.readable:
+            rows = islice(_failures(run_dir, passed), 3)
+            first = ", ".join(f"{row['image_id']} ({row['reason']})" for row in rows)
             raise InputError(
-                f"{split}: {failed.num_rows} of {count} images failed ({fraction:.1%}, "
+                f"{passed.split}: {passed.failed} of {passed.rows} images failed ({fraction:.1%}, "
                 f"data.max_failed_fraction is {max_failed_fraction:.1%}): {first}; "
-                f"all are listed in {run_dir.show(table_folder('images', split))}; mend them or raise the limit"
+                f"all are listed in {run_dir.show(table_folder('images', passed.split))}; mend them or raise the limit"
             )
 
 
-def _failed(run_dir: RunDir, split: str) -> tuple[pa.Table, int]:
-    """The rows of a split's failed images, and how many images it has in all."""
-    table = read_images_table(run_dir, split, ["image_id", "status", "reason"])
-    return table.filter(pc.equal(table["status"], "failed")), table.num_rows
-
-
-def split_difference(run_dir: RunDir, split: str) -> float:
-    """Largest |difference| of A·v + b from the classifier's own logits over a split's readable images."""
-    return float(pc.max(read_images_table(run_dir, split, ["split_difference"])["split_difference"]).as_py() or 0.0)
-
-
-def check_split(run_dir: RunDir, splits: list[str], tolerance: float) -> None:
+def check_split(run_dir: RunDir, passes: Iterable[FeaturePass], tolerance: float) -> None:
     """Raises InputError where real images show that the logits are no affine function of the pooled map after all."""
-    for split in splits:
-        table = read_images_table(run_dir, split, ["image_id", "logit", "split_difference"])
-        allowed = pc.multiply(pc.add(pc.abs(table["logit"]), 1.0), tolerance)
-        wrong = table.filter(pc.fill_null(pc.greater(table["split_difference"], allowed), False))
-        if wrong.num_rows:
-            worst = wrong.sort_by([("split_difference", "descending")]).slice(0, 1).to_pylist()[0]
+    for passed in passes:
+        facts = max(zip(passed.facts, passed.units, strict=True), key=lambda pair: pair[0].max_relative_difference)
+        if facts[0].max_relative_difference > tolerance:
+            columns = ["image_id", "logit", "split_difference"]
+            table = read_status(run_dir, passed.split, facts[1].number, columns)
+            relative = pc.divide(table["split_difference"], pc.add(pc.abs(table["logit"]), 1.0))
+            worst = table.take(pc.sort_indices(relative, [("", "descending")])[:1]).to_pylist()[0]
             raise InputError(
-                f"{split}: the split of the classifier does not hold on {wrong.num_rows} images, worst on "
-                f"{worst['image_id']} (logits differ by {worst['split_difference']:.2e}, "
-                f"model.tolerance is {tolerance:g}); "
+                f"{passed.split}: the split of the classifier does not hold, worst on {worst['image_id']} (logits "
+                f"differ by {worst['split_difference']:.2e}, model.tolerance is {tolerance:g}); "
                 "the head is not affine in the pooled map; raise model.tolerance only if you know why"
             )

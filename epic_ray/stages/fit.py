@@ -7,21 +7,19 @@ lists and one (D, D) matrix travel. Rank 0 publishes `fit/round-NNN.pt`; whoever
 import io
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from epic_ray.config import FITTING_SPLIT, RunConfig
-from epic_ray.errors import ClusterError, EpicError, ResultError, RunFailed
+from epic_ray.errors import ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
 from epic_ray.method.schedule import prototypes_per_round
@@ -39,17 +37,18 @@ from epic_ray.method.solvers import (
 )
 from epic_ray.method.topk import TopN
 from epic_ray.run_dir import BASIS, RunDir, round_file
-from epic_ray.stages.features import feature_files
-from epic_ray.stages.images import read_manifest
+from epic_ray.stages.features import FeaturePass
 from epic_ray.stages.loading import load
 from epic_ray.stages.maps import MapGatherer, MapStore
-from epic_ray.stages.resources import Resources, available_cores, first_cause, peak_memory_bytes, take_device
+from epic_ray.stages.resources import Resources, available_cores, peak_memory_bytes, take_device
 from epic_ray.stages.search import pooled_blocks, search_files
+from epic_ray.stages.worker_group import WorkerLost, room, run_group, wait_for_room
 
 _POLL_SECONDS = 0.5
 _ROUND = re.compile(r"fit/round-(\d+)\.pt")
 _RAY_TRAIN_FOLDER = ".ray-train"
 _QUARTIMAX_ITERATIONS = 10
+_MOST_RESTARTS = 3
 # below, a matrix product takes less time than its threads wait for one another on a busy machine
 _CHANNELS_WORTH_THREADS = 256
 
@@ -61,7 +60,7 @@ class FitJob:
     run_dir: RunDir
     config: RunConfig
     resources: Resources
-    features_fingerprint: str
+    passed: FeaturePass
     fingerprint: str
 
 
@@ -72,55 +71,70 @@ class FitResult:
     decoded: int
     forwarded: int
     peak_memory_bytes: int
+    restarts: int
 
 
 def fit_basis(job: FitJob, reporter: Reporter) -> FitResult:
-    """Runs the fit under Ray Train to its end, from its newest round. Raises the first cause of a failure."""
-    workers = _worker_count(job)
+    """Runs the fit under Ray Train to its end, from its newest round. Raises the first cause of a failure.
+
+    A group that lost a worker starts anew and goes on from its newest round. ClusterError: no room for the group.
+    """
     rounds = job.config.fit.prototypes_per_channel.rounds
-    on_gpu = job.resources.device == "cuda"
-    scaling = ray.train.ScalingConfig(
-        num_workers=workers, use_gpu=on_gpu and workers > 0, resources_per_worker=None if on_gpu else {"CPU": 1}
-    )
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job},
-        scaling_config=scaling,
-        torch_config=None if on_gpu else TorchConfig(backend="gloo"),
-        # its own bookkeeping; what a fit leaves is in `fit/`
-        run_config=ray.train.RunConfig(name="fit", storage_path=job.run_dir.show(_RAY_TRAIN_FOLDER)),
-    )
-    try:
-        with _progress(job, rounds, reporter):
-            job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
-            trainer.fit()
-    except EpicError:
-        raise
-    except Exception as error:
-        raise first_cause(error, "fit") from error
-    finally:
-        job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
+    with _progress(job, rounds, reporter):
+        restarts = _run_rounds(job, rounds, reporter)
     last = read_round(job.run_dir, rounds)
-    return FitResult(last["basis"], last["history"], last["decoded"], last["forwarded"], last["peak_memory_bytes"])
+    return FitResult(
+        last["basis"], last["history"], last["decoded"], last["forwarded"], last["peak_memory_bytes"], restarts
+    )
 
 
-def _worker_count(job: FitJob) -> int:
-    """Processes of the fit. Raises ClusterError for more than Ray could ever start."""
+def _run_rounds(job: FitJob, rounds: int, reporter: Reporter) -> int:
+    """Starts groups of workers until the last round is done; gives how many were started after a loss."""
+    restarts, in_vain, reached = 0, 0, finished_rounds(job.run_dir)
+    while finished_rounds(job.run_dir) < rounds:
+        workers = _worker_count(job, reporter)
+        try:
+            job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
+            on_gpu = job.resources.device == "cuda"
+            run_group(_work, {"job": job}, workers, on_gpu, "fit", job.run_dir.show(_RAY_TRAIN_FOLDER))
+        except WorkerLost as loss:
+            done = finished_rounds(job.run_dir)
+            # only losses without a finished round between them add up: a long fit on spot machines sees many
+            in_vain, reached = (in_vain + 1 if done == reached else 1), done
+            if in_vain > _MOST_RESTARTS:
+                raise RunFailed(
+                    f"fit: round {done + 1} lost a worker {in_vain} times ({loss}); ask for fewer (fit.workers) where "
+                    "machines are short of memory; Ray's logs lie under /tmp/ray/session_latest/logs"
+                ) from loss
+            restarts += 1
+            again = f"restart {in_vain} of {_MOST_RESTARTS}"
+            reporter.say(f"fit: a worker was lost ({loss}); going on from round {done + 1}, {again}")
+        finally:
+            job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
+    return restarts
+
+
+def _worker_count(job: FitJob, reporter: Reporter) -> int | tuple[int, int]:
+    """Processes of the fit, or the least and the most of them, for which there is room now. Raises ClusterError."""
     on_gpu = job.resources.device == "cuda"
-    most = job.resources.cluster_gpus if on_gpu else job.resources.cluster_cpus
-    workers = job.config.fit.workers
-    if workers == "auto":
-        # in this process where it can do the work itself: no start-up, nothing to send
-        return most if on_gpu and (most > 1 or not torch.cuda.is_available()) else 0
-    if workers > most:
-        raise ClusterError(f"fit.workers: {workers} asked, but Ray has {most} {'GPU' if on_gpu else 'CPU'}(s)")
-    return workers
+    asked = job.config.fit.workers
+
+    def wanted() -> int:
+        if isinstance(asked, str):
+            return max(1, room(on_gpu))
+        return asked[0] if isinstance(asked, list) else asked
+
+    # auto: in this process where it can do the work itself: no start-up, nothing to send
+    here = not on_gpu or (torch.cuda.is_available() and room(on_gpu) <= 1)
+    if asked == 0 or (asked == "auto" and here):
+        return 0
+    count = wait_for_room(wanted, on_gpu, "fit.workers", reporter)
+    return (count, asked[1]) if isinstance(asked, list) else count
 
 
 @contextmanager
 def _progress(job: FitJob, rounds: int, reporter: Reporter) -> Iterator[None]:
     """Shows finished rounds, wherever they are computed: their files tell."""
-    ended = threading.Event()
     with reporter.stage("fit", rounds, "rounds") as meter:
 
         def look() -> None:
@@ -129,18 +143,42 @@ def _progress(job: FitJob, rounds: int, reporter: Reporter) -> Iterator[None]:
                 record = read_round(job.run_dir, done)["history"][-1]
                 meter.advance(done - meter.done, f"purity {record['purity_start']:.3f} -> {record['purity_end']:.3f}")
 
-        def watch() -> None:
-            while not ended.wait(_POLL_SECONDS):
-                look()
-
-        watcher = threading.Thread(target=watch, daemon=True)
+        watcher = _Watcher(look)
         watcher.start()
         try:
             yield
         finally:
-            ended.set()
-            watcher.join()
-            look()
+            watcher.end()
+            if watcher.fault is not None:
+                reporter.say(f"fit: the rounds could not be shown ({watcher.fault})")
+
+
+class _Watcher(threading.Thread):
+    """Looks again and again until it is ended, and once more; a look that fails is no fault of what it looks at.
+
+    fault: what the last look failed with; an earlier one has been made good since.
+    """
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._look, self._ended = look, threading.Event()
+        self.fault: Exception | None = None
+
+    def run(self) -> None:
+        while not self._ended.wait(_POLL_SECONDS):
+            self._try()
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+        self._try()
+
+    def _try(self) -> None:
+        try:
+            self._look()
+            self.fault = None
+        except Exception as error:
+            self.fault = error
 
 
 # --- rounds on disk
@@ -308,9 +346,9 @@ class StoredMaps:
 
     def __init__(self, job: FitJob, reducer: Reducer, device: torch.device) -> None:
         self._job, self._reducer, self._device = job, reducer, device
-        files = feature_files(job.run_dir, FITTING_SPLIT, job.features_fingerprint)
+        files = job.passed.files()
         self._files = files[reducer.rank :: reducer.world]
-        self._store = MapStore(job.run_dir, FITTING_SPLIT, job.features_fingerprint)
+        self._store = MapStore(job.run_dir, FITTING_SPLIT, job.passed.made_from())
         self._gatherer: MapGatherer | None = None
         self.counts_before = {"decoded": 0, "forwarded": 0}
         self.channel_count = next(pooled_blocks(job.run_dir, files[:1]))[1].shape[1]
@@ -342,9 +380,9 @@ class StoredMaps:
         own = self._own_images(top)
         if len(self._store.missing(own)):
             if self._gatherer is None:
-                job, manifest = self._job, read_manifest(self._job.run_dir, FITTING_SPLIT)
-                classifier = load(job.config.model)
-                self._gatherer = MapGatherer(self._store, manifest, classifier, job.resources.batch_size, self._device)
+                job, classifier = self._job, load(self._job.config.model)
+                made_from, batch_size = job.passed.fingerprint, job.resources.batch_size
+                self._gatherer = MapGatherer(self._store, made_from, classifier, batch_size, self._device)
             self._gatherer.ensure(own)
         if dist.is_initialized():
             dist.barrier()

@@ -1,8 +1,8 @@
 """One pass over images: decode on CPU tasks, then an actor with the classifier; a whole unit at a time.
 
 A unit is a fixed slice of a split's manifest and one row of Ray Data from end to end, so that nothing can cut or join
-it on the way. Its batches are fixed, so a unit that is computed again is computed equal; the actor publishes a unit's
-files itself, the one that commits it last.
+it on the way: its address at first, then its decoded images packed into one value. Its batches are fixed, so a unit
+that is computed again is computed equal; the actor publishes a unit's files itself, the one that commits it last.
 """
 
 import gc
@@ -10,7 +10,9 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,32 +22,42 @@ import ray
 import ray.data as rd
 import torch
 
-from epic_ray import errors
+from epic_ray import errors, interrupts
 from epic_ray.config import ModelConfig
-from epic_ray.errors import ResultError
+from epic_ray.errors import EpicError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
-from epic_ray.method.preprocessing import ImageError, Preprocessing, decode_image
+from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.run_dir import RunDir, table_folder
-from epic_ray.stages.images import read_image_bytes
+from epic_ray.stages.attempts import Attempts
+from epic_ray.stages.decoding import CarefulNeeded, Decoded, decode_carefully, decode_plainly
+from epic_ray.stages.images import UnitRange, image_column, read_unit
 from epic_ray.stages.loading import load
+from epic_ray.stages.reading import ImageReader
 from epic_ray.stages.resources import Resources, first_cause, peak_memory_bytes, take_device
 from epic_ray.tables import read_metadata, to_numpy
 
 FINGERPRINT_KEY = "epic_ray.fingerprint"
 _FACTS_KEY = "epic_ray.unit"
 _IMAGE_COLUMN = "image"
+_STORE_READERS = 16
+# Ray replaces what it loses by itself; what it gives up on is begun anew, from what is committed, so many times
+_EXECUTIONS = 4
 
 
 @dataclass
 class PassTotals:
-    """What a pass really did, summed over its units: counted where it happened."""
+    """What a pass really did, summed over its units: counted where it happened.
+
+    units_begun: forwards of units that were begun, in this start and earlier ones; what exceeds `units` was redone.
+    """
 
     images: int = 0
     decoded: int = 0
     forwarded: int = 0
     failed: int = 0
     units: int = 0
+    units_begun: int = 0
     bytes_written: int = 0
     peak_memory_bytes: int = 0
     actors: set[str] = field(default_factory=set)
@@ -61,44 +73,53 @@ class PassTotals:
         self.actors.add(summary["actor"])
 
 
-def cut_units(manifest: pa.Table, unit_size: int) -> list[pa.Table]:
-    """The fixed units of a split's manifest, each with its number in the column `unit`."""
-    units = []
-    for number, start in enumerate(range(0, manifest.num_rows, unit_size)):
-        rows = manifest.slice(start, unit_size).replace_schema_metadata()
-        units.append(rows.append_column("unit", pa.array([number] * rows.num_rows, pa.int32())))
-    return units
-
-
 @dataclass(frozen=True)
 class UnitFacts:
     """What the file that commits a unit says of it, in its metadata: so that it counts whoever computed it, and when.
 
-    readable: images with results. failed: images without. max_abs_difference: the largest of the rebuilt logits from
-    the classifier's own. agreeing: readable images whose rebuilt logits have the same largest.
+    decoded: images whose pixels came out whole. readable: images with results. failed: images without.
+    max_abs_difference: the largest of the rebuilt logits from the classifier's own; max_relative_difference: the same,
+    each divided by 1 + |logit|. agreeing: readable images whose rebuilt logits have the same largest.
     """
 
+    decoded: int
     readable: int
     failed: int
     max_abs_difference: float
+    max_relative_difference: float
     agreeing: int
 
 
-def committed_units(run_dir: RunDir, table: str, split: str, fingerprint: str) -> dict[int, UnitFacts]:
-    """The units with a whole file made from `fingerprint`, and their facts; files of another make are removed."""
+def committed_units(run_dir: RunDir, table: str, units: Iterable[UnitRange]) -> dict[int, UnitFacts]:
+    """Those of a split's units that have a whole file of their own make, by number, with their facts.
+
+    Files of another make are removed.
+    """
+    expected = {unit.number: unit for unit in units}
+    split = next(iter(expected.values())).split
+    files = run_dir.list(table_folder(table, split))
     committed, stale = {}, []
-    for relative in run_dir.list(table_folder(table, split)):
-        try:
-            about = read_metadata(run_dir, relative)
-        except ResultError:
-            about = {}  # torn: written by something else than `publish`
-        if about.get(FINGERPRINT_KEY) == fingerprint:
-            number = int(relative.rsplit("-", 1)[1].removesuffix(".parquet"))
+    for relative, about in zip(files, _metadata_of(run_dir, files), strict=True):
+        number = int(relative.rsplit("-", 1)[1].removesuffix(".parquet"))
+        if number in expected and about.get(FINGERPRINT_KEY) == expected[number].made_from:
             committed[number] = UnitFacts(**json.loads(about[_FACTS_KEY]))
         else:
             stale.append(relative)
     run_dir.delete(stale)
     return committed
+
+
+def _metadata_of(run_dir: RunDir, files: list[str]) -> list[dict[str, str]]:
+    def read(relative: str) -> dict[str, str]:
+        try:
+            return read_metadata(run_dir, relative)
+        except ResultError:
+            return {}  # torn, or of another version: written by something else than `publish`
+
+    if run_dir.is_local:
+        return [read(file) for file in files]
+    with ThreadPoolExecutor(_STORE_READERS) as pool:
+        return list(pool.map(read, files))
 
 
 def pack(table: pa.Table) -> pa.Table:
@@ -118,36 +139,52 @@ def unpack(row: pa.Table) -> pa.Table:
     return pa.ipc.open_stream(row["packed"].chunk(0)[0].as_buffer()).read_all()
 
 
+def fault_row(error: Exception, stage: str) -> pa.Table:
+    """A fault as an answer: raised inside Ray Data, it would lose its kind and its cause. The traceback goes to the
+    process's log, the fault itself to the driver, which raises it."""
+    traceback.print_exception(error)
+    fault = first_cause(error, stage)
+    return pa.table({"fault": [type(fault).__name__], "message": [str(fault)]})
+
+
 class DecodeUnit:
-    """Adds to a unit's rows the decoded image (uint8), the reason where there is none, and its original size."""
+    """From the address of a unit to its rows with the decoded images (uint8), the reason where there is none, and the
+    original sizes."""
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        self._preprocessing = preprocessing
+    def __init__(self, stage: str, run_dir: RunDir, attempts: Attempts, preprocessing: Preprocessing) -> None:
+        self._stage, self._run_dir, self._attempts, self._preprocessing = stage, run_dir, attempts, preprocessing
 
-    def __call__(self, packed: pa.Table) -> pa.Table:
-        rows = unpack(packed)
-        height, width = self._preprocessing.crop
-        pixels = np.zeros((rows.num_rows, height, width, 3), dtype=np.uint8)
-        sizes = np.zeros((rows.num_rows, 2), dtype=np.int32)
-        reasons = [self._decode(uri, pixels, sizes, row) for row, uri in enumerate(rows["uri"].to_pylist())]
+    def __call__(self, address: pa.Table) -> pa.Table:
+        try:
+            return pack(self._decode(UnitRange(**address.to_pylist()[0])))
+        except Exception as error:
+            return fault_row(error, self._stage)
+
+    def _decode(self, unit: UnitRange) -> pa.Table:
+        earlier = self._attempts.begin(unit.split, unit.number, "decode")
+        rows = read_unit(self._run_dir, unit)
+        column = image_column(self._run_dir, unit.table, unit.split)
+        decoded = self._decode_rows(ImageReader(column), rows, careful=earlier > 0)
         columns = {
-            "reason": pa.array(reasons, pa.string()),
-            "width_px": pa.array(sizes[:, 0]),
-            "height_px": pa.array(sizes[:, 1]),
-            _IMAGE_COLUMN: pa.FixedShapeTensorArray.from_numpy_ndarray(pixels),
+            "unit": pa.repeat(pa.scalar(unit.number, pa.int32()), rows.num_rows),
+            "made_from": pa.repeat(pa.scalar(unit.made_from), rows.num_rows),
+            "reason": pa.array(decoded.reasons, pa.string()),
+            "width_px": pa.array(decoded.sizes_px[:, 0]),
+            "height_px": pa.array(decoded.sizes_px[:, 1]),
+            _IMAGE_COLUMN: pa.FixedShapeTensorArray.from_numpy_ndarray(decoded.pixels),
         }
         for name, values in columns.items():
             rows = rows.append_column(name, values)
-        return pack(rows)
+        return rows
 
-    def _decode(self, uri: str, pixels: np.ndarray, sizes: np.ndarray, row: int) -> str | None:
-        try:
-            image = decode_image(read_image_bytes(uri))
-            pixels[row] = self._preprocessing.apply(image)
-            sizes[row] = image.size
-        except (ImageError, OSError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
-        return None
+    def _decode_rows(self, reader: ImageReader, rows: pa.Table, careful: bool) -> Decoded:
+        """`careful`, in a process apart: an earlier attempt may have died of an image of this unit."""
+        if not careful:
+            try:
+                return decode_plainly(reader.read_many(rows), rows.num_rows, self._preprocessing)
+            except CarefulNeeded:
+                pass
+        return decode_carefully(reader.read_many(rows), rows.num_rows, self._preprocessing)
 
 
 @dataclass
@@ -156,6 +193,7 @@ class Unit:
 
     split: str
     number: int
+    made_from: str
     rows: pa.Table
     pixels: np.ndarray
     reasons: list[str | None]
@@ -166,6 +204,7 @@ class Unit:
         return cls(
             block["split"][0].as_py(),
             block["unit"][0].as_py(),
+            block["made_from"][0].as_py(),
             block,
             to_numpy(block[_IMAGE_COLUMN]),
             block["reason"].to_pylist(),
@@ -183,10 +222,10 @@ class Unit:
 class UnitActor:
     """Base of the actors of a pass: holds the classifier, forwards a unit in fixed batches."""
 
-    def __init__(self, run_dir: RunDir, model: ModelConfig, resources: Resources, fingerprint: str) -> None:
+    def __init__(self, run_dir: RunDir, model: ModelConfig, resources: Resources, attempts: Attempts) -> None:
         self.device = take_device(resources.device, resources.threads)
         self.classifier: SplitClassifier = load(model).to(self.device)
-        self.run_dir, self.batch_size, self.fingerprint = run_dir, resources.batch_size, fingerprint
+        self.run_dir, self.batch_size, self._attempts = run_dir, resources.batch_size, attempts
         self._identity = f"{socket.gethostname()}:{os.getpid()}"
         self.forwarded = 0
 
@@ -205,6 +244,7 @@ class UnitActor:
 
     def __call__(self, row: pa.Table) -> pa.Table:
         unit = Unit.of(unpack(row))
+        self._attempts.begin(unit.split, unit.number, "forward")
         readable, self.forwarded = unit.readable, 0
         bytes_written = self.commit(unit, readable)
         return pa.table(
@@ -221,9 +261,9 @@ class UnitActor:
             }
         )
 
-    def metadata(self, facts: UnitFacts) -> dict[str, str]:
+    def metadata(self, unit: Unit, facts: UnitFacts) -> dict[str, str]:
         """What goes into the metadata of a unit's files."""
-        return {FINGERPRINT_KEY: self.fingerprint, _FACTS_KEY: json.dumps(asdict(facts))}
+        return {FINGERPRINT_KEY: unit.made_from, _FACTS_KEY: json.dumps(asdict(facts))}
 
     def commit(self, unit: Unit, readable: np.ndarray) -> int:
         """Computes and publishes the unit's files; a row found bad here gets its reason. Gives the bytes written."""
@@ -231,10 +271,7 @@ class UnitActor:
 
 
 class GuardedActor:
-    """An actor of a pass whose fault is its answer: raised inside Ray Data, a fault would lose its kind and its cause.
-
-    The traceback goes to the process's log, the fault itself to the driver, which raises it.
-    """
+    """An actor of a pass whose fault is its answer; the fault of a decode task passes through it."""
 
     def __init__(self, stage: str, actor: type[UnitActor], arguments: dict[str, Any]) -> None:
         self._stage, self._fault = stage, None
@@ -244,35 +281,74 @@ class GuardedActor:
             self._fault = error
 
     def __call__(self, row: pa.Table) -> pa.Table:
+        if "fault" in row.column_names:
+            return row
         try:
             if self._fault:
                 raise self._fault
             return self._actor(row)
         except Exception as error:
-            traceback.print_exception(error)
-            fault = first_cause(error, self._stage)
-            return pa.table({"fault": [type(fault).__name__], "message": [str(fault)]})
+            return fault_row(error, self._stage)
 
 
 def run_pass(
     stage: str,
     actor: type[UnitActor],
     arguments: dict[str, Any],
-    units: list[pa.Table],
+    units_to_do: Callable[[], list[UnitRange]],
     preprocessing: Preprocessing,
     resources: Resources,
     reporter: Reporter,
 ) -> PassTotals:
-    """Sends the units through decode tasks and a pool of actors; gives what was done. Raises the first cause."""
+    """Sends the units that are not committed through decode tasks and a pool of actors; gives what was done.
+
+    Raises the first cause of a failure; what Ray itself could not go on with is taken up again from what is committed.
+    """
     totals = PassTotals()
+    units = units_to_do()
     if not units:
         return totals
+    run_dir: RunDir = arguments["run_dir"]
+    attempts = Attempts(run_dir, stage)
+    decode = DecodeUnit(stage, run_dir, attempts, preprocessing)
+    arguments = {**arguments, "attempts": attempts}
+    with reporter.stage(stage, sum(unit.count for unit in units), "images") as meter:
+        for execution in range(1, _EXECUTIONS + 1):
+            try:
+                with closing(_execute(stage, actor, arguments, decode, units, resources)) as summaries:
+                    for summary in summaries:
+                        totals.add(summary)
+                        meter.advance(summary["images"], f"{totals.failed} failed" if totals.failed else "")
+            except (ray.exceptions.RayError, RuntimeError) as error:
+                fault = first_cause(error, stage)
+                if not isinstance(fault, RunFailed) or execution == _EXECUTIONS:
+                    raise fault from error
+                reporter.say(f"{fault}; going on with what is not committed (restart {execution})")
+            interrupts.check()
+            units = units_to_do()
+            if not units:
+                break
+    if units:
+        raise RunFailed(f"{stage}: {len(units)} unit(s) are not committed although the pass ended; start again")
+    totals.units_begun = attempts.clear("forward")
+    return totals
+
+
+def _execute(
+    stage: str,
+    actor: type[UnitActor],
+    arguments: dict[str, Any],
+    decode: DecodeUnit,
+    units: list[UnitRange],
+    resources: Resources,
+) -> Generator[dict[str, Any], None, None]:
+    """One execution of Ray Data over units; gives the summary of each as it is committed."""
     context = rd.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     actors = min(resources.feature_actors, len(units))
-    dataset = rd.from_arrow([pack(unit) for unit in units]).map_batches(
-        DecodeUnit(preprocessing).__call__, batch_size=1, batch_format="pyarrow", num_cpus=1
+    dataset = rd.from_arrow([pa.Table.from_pylist([asdict(unit)]) for unit in units]).map_batches(
+        decode.__call__, batch_size=1, batch_format="pyarrow", num_cpus=1
     )
     dataset = dataset.map_batches(
         GuardedActor,
@@ -283,17 +359,14 @@ def run_pass(
         num_cpus=0,  # actors that hold CPUs can leave none to the tasks they wait for; and decoding stays apart
         fn_constructor_kwargs={"stage": stage, "actor": actor, "arguments": arguments},
     )
+    rows = dataset.iter_rows()
     try:
-        with reporter.stage(stage, sum(unit.num_rows for unit in units), "images") as meter:
-            for summary in dataset.iter_rows():
-                if summary.get("fault"):
-                    raise getattr(errors, summary["fault"])(summary["message"])
-                totals.add(summary)
-                meter.advance(summary["images"], f"{totals.failed} failed" if totals.failed else "")
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        raise first_cause(error, stage) from error
+        for summary in rows:
+            if summary.get("fault"):
+                fault: EpicError = getattr(errors, summary["fault"])(summary["message"])
+                raise fault
+            yield summary
     finally:
         # an actor pool keeps its GPUs until its dataset is gone
-        del dataset
+        del dataset, rows
         gc.collect()
-    return totals

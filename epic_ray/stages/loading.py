@@ -6,18 +6,21 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from epic_ray.config import ModelConfig, RunConfig
 from epic_ray.errors import ConfigError, InputError
 from epic_ray.method.backbones import imagenet_wnids, load_classifier, wnid_names
 from epic_ray.method.classifier import SplitClassifier
-from epic_ray.run_dir import resolve_root
+from epic_ray.storage import resolve_root
 
 _OWN_WEIGHTS = ("pretrained", "random")
 
@@ -105,8 +108,9 @@ class ClassNames:
         self._index |= {folder: index for index, folder in enumerate(folders) if folder is not None}
 
     @classmethod
-    def of(cls, classifier: SplitClassifier, folders: list[str]) -> "ClassNames":
-        """From the head's own names; else, where there are as many folders as classes, from the sorted folders.
+    def of(cls, classifier: SplitClassifier, folders: list[str], index_names: Sequence[str] = ()) -> "ClassNames":
+        """From the head's own names; else, where there are as many folders as classes, from the sorted folders; else
+        from the names that the images' source gives to as many class numbers.
 
         The second is the convention of torchvision's ImageFolder, with which such heads are trained.
         """
@@ -121,7 +125,29 @@ class ClassNames:
         if len(folders) == count:
             named = [english.get(folder, folder) for folder in folders]
             return cls(named, list(folders), "the sorted class folders (the head has as many classes)")
+        if len(index_names) == count:
+            return cls(list(index_names), [None] * count, "the names of the labels in the data set")
         return cls([f"class {index}" for index in range(count)], [None] * count, "numbers: no names are known")
+
+    def labels(self, rows: pa.Table, where: str) -> pa.Array:
+        """The labels (int32, null where there is none) of listed images: by `class_name`, else by `class_index`.
+
+        Raises InputError for a name or a number that is no class of the head.
+        """
+        names = rows["class_name"].combine_chunks().unique().drop_null()
+        indices = pa.array([self.index_of(name, where) for name in names.to_pylist()], pa.int32())
+        by_name = pc.take(indices, pc.index_in(rows["class_name"], value_set=names)) if len(names) else None
+        given = rows["class_index"]
+        numbers = pc.if_else(pc.equal(given, -1), None, given)  # the custom of data sets whose labels are kept back
+        bounds = pc.min_max(numbers)
+        low, high = bounds["min"].as_py(), bounds["max"].as_py()
+        if high is not None and not 0 <= low <= high < len(self.names):
+            raise InputError(
+                f"{where}: labels go from {low} to {high}, but the head has {len(self.names)} classes, from 0 on; "
+                "set data.label_column to another column, or data.labels=none"
+            )
+        labels = numbers if by_name is None else pc.coalesce(by_name, numbers)
+        return labels.combine_chunks() if isinstance(labels, pa.ChunkedArray) else labels
 
     def index_of(self, folder: str, where: str) -> int:
         """The class of a folder. Raises InputError naming the folder where no class has that name."""
@@ -129,13 +155,12 @@ class ClassNames:
             return self._index[folder]
         if folder in self._shared:
             raise InputError(
-                f"{where}: folder `{folder}` could be any of {self.names.count(folder)} classes of that name; "
+                f"{where}: class `{folder}` could be any of {self.names.count(folder)} classes of that name; "
                 "name it by its WordNet id, or give names that differ as model.classes"
             )
         near = difflib.get_close_matches(folder, [name for name in self._index if name], n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise InputError(
-            f"{where}: folder `{folder}` matches no class of the head ({len(self.names)} classes, "
-            f"{self.origin}){hint}; "
-            "give the head's names in order as model.classes, or set data.labels=none"
+            f"{where}: class `{folder}` matches no class of the head ({len(self.names)} classes, "
+            f"{self.origin}){hint}; give the head's names in order as model.classes, or set data.labels=none"
         )

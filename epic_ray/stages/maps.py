@@ -6,8 +6,10 @@ S = H·W cells, row-major; D channels, last.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from epic_ray.errors import InputError, ResultError
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.method.preprocessing import ImageError, decode_image
 from epic_ray.run_dir import CHOSEN_MAPS, UNIT_MAPS, RunDir, chosen_map_file, map_folder
-from epic_ray.stages.images import read_image_bytes
+from epic_ray.stages.decoding import decode_carefully
+from epic_ray.stages.images import image_column, read_positions
+from epic_ray.stages.reading import ImageReader, UnreadableError
 from epic_ray.stages.resources import MIB
 from epic_ray.tables import to_numpy
 
@@ -47,12 +51,25 @@ def write_maps(run_dir: RunDir, relative: str, positions: np.ndarray, maps_BSD: 
     return run_dir.publish(relative, write)
 
 
-def committed_map_units(run_dir: RunDir, split: str, fingerprint: str) -> set[int]:
-    """Numbers of the units whose maps are kept; maps of other features are removed: they are large, and unread."""
-    files = run_dir.list(map_folder(split))
-    run_dir.delete([file for file in files if _made_from(run_dir, file) != fingerprint])
-    names = [file.rsplit("/", 1)[-1] for file in run_dir.list(map_folder(split))]
-    return {int(name[len(UNIT_MAPS) : -len(".arrow")]) for name in names if name.startswith(UNIT_MAPS)}
+def committed_map_units(run_dir: RunDir, split: str, units: Mapping[int, str], fingerprint: str) -> set[int]:
+    """Numbers of the units whose maps are kept, `units` giving what each is made from.
+
+    Maps of other features, and chosen images' maps that are not made from `fingerprint`, are removed: they are large,
+    and unread.
+    """
+    committed, stale = set(), []
+    for file in run_dir.list(map_folder(split)):
+        name, made_from = file.rsplit("/", 1)[-1], _made_from(run_dir, file)
+        if name.startswith(UNIT_MAPS):
+            number = int(name[len(UNIT_MAPS) : -len(".arrow")])
+            if made_from and made_from == units.get(number):
+                committed.add(number)
+                continue
+        elif made_from == fingerprint:
+            continue
+        stale.append(file)
+    run_dir.delete(stale)
+    return committed
 
 
 def count_chosen_maps(run_dir: RunDir, split: str) -> int:
@@ -76,10 +93,14 @@ def _made_from(run_dir: RunDir, relative: str) -> str | None:
 
 
 class MapStore:
-    """The maps of a split's images, found by position in the manifest."""
+    """The maps of a split's images, found by position in the manifest; those of `made_from` alone are seen.
 
-    def __init__(self, run_dir: RunDir, split: str, fingerprint: str) -> None:
-        self.run_dir, self.split, self.fingerprint = run_dir, split, fingerprint
+    On an object store a file is copied to a local folder before it is mapped: chosen images are read here and there.
+    """
+
+    def __init__(self, run_dir: RunDir, split: str, made_from: Collection[str]) -> None:
+        self.run_dir, self.split, self._made_from = run_dir, split, {text.encode() for text in made_from}
+        self._copies = None if run_dir.is_local else tempfile.TemporaryDirectory(prefix="epic-ray-maps-")
         self._tables: dict[str, pa.Table] = {}
         self._order = np.empty(0, np.int64)
         self._places = np.empty((0, 2), np.int64)
@@ -90,7 +111,7 @@ class MapStore:
         for relative in self.run_dir.list(map_folder(self.split)):
             if relative not in self._tables:
                 table = self._open(relative)
-                if (table.schema.metadata or {}).get(_FINGERPRINT) == self.fingerprint.encode():
+                if (table.schema.metadata or {}).get(_FINGERPRINT) in self._made_from:
                     self._tables[relative] = table
         positions = [to_numpy(table["position"]) for table in self._tables.values()]
         places = [
@@ -102,10 +123,17 @@ class MapStore:
 
     def _open(self, relative: str) -> pa.Table:
         try:
-            return pa.ipc.open_file(self.run_dir.open(relative)).read_all()
+            return pa.ipc.open_file(self._mapped(relative)).read_all()
         except pa.ArrowInvalid as error:
             where = self.run_dir.show(relative)
             raise ResultError(f"{where}: is no whole file of maps ({error}); remove it and run again") from None
+
+    def _mapped(self, relative: str) -> pa.NativeFile:
+        if self._copies is None:
+            return self.run_dir.open(relative)
+        path = Path(self._copies.name) / relative.rsplit("/", 1)[-1]
+        self.run_dir.fetch(relative, path)
+        return pa.memory_map(str(path))
 
     def missing(self, positions: np.ndarray) -> np.ndarray:
         """Of these images, sorted, those whose map is not there."""
@@ -145,9 +173,10 @@ class MapGatherer:
     """Forwards chosen images for their maps, in this process, and commits them to the store."""
 
     def __init__(
-        self, store: MapStore, manifest: pa.Table, classifier: SplitClassifier, batch_size: int, device: Any
+        self, store: MapStore, made_from: str, classifier: SplitClassifier, batch_size: int, device: Any
     ) -> None:
-        self.store, self._uris = store, manifest["uri"]
+        self.store, self._written_from = store, made_from
+        self._reader = ImageReader(image_column(store.run_dir, "manifest", store.split))
         self._classifier, self._batch_size, self._device = classifier.to(device), batch_size, device
         self.forwarded = 0
         self.decoded = 0
@@ -163,7 +192,7 @@ class MapGatherer:
             block = missing[start : start + size]
             key = hashlib.sha256(block.astype("<i8").tobytes()).hexdigest()[:16]
             relative = chosen_map_file(self.store.split, key)
-            write_maps(self.store.run_dir, relative, block, self._forward(block), self.store.fingerprint)
+            write_maps(self.store.run_dir, relative, block, self._forward(block), self._written_from)
         return len(missing)
 
     def _forward(self, positions: np.ndarray) -> np.ndarray:
@@ -173,25 +202,31 @@ class MapGatherer:
         batch = np.zeros((self._batch_size, height, width, 3), np.uint8)
         with ThreadPoolExecutor(max_workers=4) as pool:
             for start in range(0, len(positions), self._batch_size):
-                chosen = positions[start : start + self._batch_size]
-                for row, pixels in enumerate(pool.map(self._decode, chosen.tolist())):
+                rows = read_positions(self.store.run_dir, self.store.split, positions[start : start + self._batch_size])
+                count = rows.num_rows
+                found = self._reader.read_many(rows)
+                for row, pixels in enumerate(pool.map(self._decode, rows["image_id"].to_pylist(), found)):
                     batch[row] = pixels
-                batch[len(chosen) :] = 0
+                batch[count:] = 0
                 with torch.inference_mode():
                     images = classifier.normalise(torch.from_numpy(batch).to(self._device))
-                    maps = cells_last(classifier(images)[0][: len(chosen)])
-                out[start : start + len(chosen)] = maps.cpu().numpy()
-                self.decoded += len(chosen)
-                self.forwarded += len(chosen)
+                    maps = cells_last(classifier(images)[0][:count])
+                out[start : start + count] = maps.cpu().numpy()
+                self.decoded += count
+                self.forwarded += count
         return out
 
-    def _decode(self, position: int) -> np.ndarray:
-        uri = self._uris[position].as_py()
+    def _decode(self, image_id: str, data: bytes | OSError) -> np.ndarray:
         try:
-            return self._classifier.preprocessing.apply(decode_image(read_image_bytes(uri)))
-        except (ImageError, OSError) as error:
+            if isinstance(data, OSError):
+                raise data
+            return self._classifier.preprocessing.apply(decode_image(data))
+        except MemoryError:  # it came through the pass in a process of its own
+            return decode_carefully(iter([data]), 1, self._classifier.preprocessing).pixels[0]
+        except (ImageError, UnreadableError) as error:
             raise InputError(
-                f"{uri}: was read in the pass, but cannot be read again ({error}); the data set changed under the run"
+                f"{image_id}: was read in the pass, but cannot be read again ({error}); the data set changed under the "
+                "run; run it again"
             ) from error
 
 

@@ -15,8 +15,7 @@ from epic_ray.method.peaks import Peaks, find_peaks_grouped
 from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.method.topk import TopN
 from epic_ray.run_dir import RunDir, table_file
-from epic_ray.stages.features import feature_files, read_images_table
-from epic_ray.stages.images import read_manifest
+from epic_ray.stages.features import FeaturePass, status_of
 from epic_ray.stages.loading import load
 from epic_ray.stages.maps import MapGatherer, MapStore
 from epic_ray.stages.resources import Resources, first_cause, take_device
@@ -29,32 +28,35 @@ SIGN_NAMES = {1: "positive", -1: "negative"}
 
 @dataclass
 class PrototypesJob:
-    """What the stage works on; `forwarded` counts images whose map had to be computed anew."""
+    """What the stage works on; `forwarded` counts images whose map had to be computed anew.
+
+    passed: the pass over the fitting split, and over the held-out one if there is one.
+    """
 
     run_dir: RunDir
     config: RunConfig
     resources: Resources
     preprocessing: Preprocessing
     grid: tuple[int, int]
-    features_fingerprint: str
+    passed: list[FeaturePass]
     forwarded: int = field(default=0)
 
 
 def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter) -> dict[str, int]:
     """Writes the tables `prototypes` and `purity`; gives their rows."""
     bases = {"before": torch.eye(len(basis)), "after": basis}
-    splits = [split for split in (FITTING_SPLIT, job.config.held_out_split) if split]
     prototypes, purity = [], []
-    with reporter.stage("prototypes", len(splits) * len(bases), "searches") as meter:
-        for split in splits:
-            store = MapStore(job.run_dir, split, job.features_fingerprint)
-            found = {name: _search(job, split, bases[name]) for name in bases}
-            _ensure_maps(job, store, split, found)
+    with reporter.stage("prototypes", len(job.passed) * len(bases), "searches") as meter:
+        for passed in job.passed:
+            split = passed.split
+            store = MapStore(job.run_dir, split, passed.made_from())
+            found = {name: _search(job, passed, bases[name]) for name in bases}
+            _ensure_maps(job, store, passed, found)
             for name, tops in found.items():
                 peaks = {sign: _peaks(store, top, bases[name], sign) for sign, top in tops.items()}
                 purity += _purity_rows(name, split, peaks[1])
                 if split == FITTING_SPLIT:
-                    prototypes += [_prototype_table(job, name, split, sign, tops[sign], peaks[sign]) for sign in tops]
+                    prototypes += [_prototype_table(job, name, passed, sign, tops[sign], peaks[sign]) for sign in tops]
                 meter.advance()
     tables = {"prototypes": pa.concat_tables(prototypes), "purity": pa.concat_tables(purity)}
     for name, table in tables.items():
@@ -62,17 +64,16 @@ def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter)
     return {name: table.num_rows for name, table in tables.items()}
 
 
-def _search(job: PrototypesJob, split: str, basis: torch.Tensor) -> dict[int, TopN]:
+def _search(job: PrototypesJob, passed: FeaturePass, basis: torch.Tensor) -> dict[int, TopN]:
     """The top-n for each sign that the tables need; negative prototypes only of the fitting split."""
     per_channel = job.config.prototypes.per_channel
-    counts = {1: max(*PURITY_COUNTS, per_channel if split == FITTING_SPLIT else 0)}
-    if split == FITTING_SPLIT:
+    counts = {1: max(*PURITY_COUNTS, per_channel if passed.split == FITTING_SPLIT else 0)}
+    if passed.split == FITTING_SPLIT:
         counts[-1] = per_channel
-    files = feature_files(job.run_dir, split, job.features_fingerprint)
-    return {sign: search_split(job.run_dir, files, basis, n, sign) for sign, n in counts.items()}
+    return {sign: search_split(job.run_dir, passed.files(), basis, n, sign) for sign, n in counts.items()}
 
 
-def _ensure_maps(job: PrototypesJob, store: MapStore, split: str, found: dict[str, dict[int, TopN]]) -> None:
+def _ensure_maps(job: PrototypesJob, store: MapStore, passed: FeaturePass, found: dict[str, dict[int, TopN]]) -> None:
     """Forwards the chosen images whose map is not there, spread over as many tasks as there are feature actors."""
     chosen = torch.cat([top.indices.flatten() for tops in found.values() for top in tops.values()]).unique()
     missing = store.missing(chosen[chosen >= 0].numpy())
@@ -80,7 +81,7 @@ def _ensure_maps(job: PrototypesJob, store: MapStore, split: str, found: dict[st
         return
     shares = np.array_split(missing, min(job.resources.feature_actors, len(missing)))
     task = ray.remote(num_cpus=1, num_gpus=job.resources.gpus_per_actor)(_gather)
-    arguments = (job.run_dir, split, job.features_fingerprint, job.config.model, job.resources)
+    arguments = (job.run_dir, passed, job.config.model, job.resources)
     try:
         job.forwarded += sum(ray.get([task.remote(*arguments, share) for share in shares]))
     except ray.exceptions.RayError as error:
@@ -89,16 +90,11 @@ def _ensure_maps(job: PrototypesJob, store: MapStore, split: str, found: dict[st
 
 
 def _gather(
-    run_dir: RunDir,
-    split: str,
-    fingerprint: str,
-    model: ModelConfig,
-    resources: Resources,
-    positions: np.ndarray,
+    run_dir: RunDir, passed: FeaturePass, model: ModelConfig, resources: Resources, positions: np.ndarray
 ) -> int:
     device = take_device(resources.device, resources.threads)
-    store = MapStore(run_dir, split, fingerprint)
-    gatherer = MapGatherer(store, read_manifest(run_dir, split), load(model), resources.batch_size, device)
+    store = MapStore(run_dir, passed.split, passed.made_from())
+    gatherer = MapGatherer(store, passed.fingerprint, load(model), resources.batch_size, device)
     return gatherer.ensure(positions)
 
 
@@ -141,19 +137,19 @@ def _purity_rows(basis: str, split: str, peaks: dict[str, np.ndarray]) -> list[p
 
 
 def _prototype_table(
-    job: PrototypesJob, basis: str, split: str, sign: int, top: TopN, peaks: dict[str, np.ndarray]
+    job: PrototypesJob, basis: str, passed: FeaturePass, sign: int, top: TopN, peaks: dict[str, np.ndarray]
 ) -> pa.Table:
     per_channel = job.config.prototypes.per_channel
     indices, values = top.indices[:, :per_channel].numpy(), top.values[:, :per_channel].numpy()
     channels, slots = np.nonzero(indices >= 0)
-    rows = pa.array(indices[channels, slots])
-    images = read_images_table(job.run_dir, split, ["image_id", "label", "width_px", "height_px"]).take(rows)
+    columns_read = ["image_id", "label", "width_px", "height_px"]
+    images = status_of(job.run_dir, passed, indices[channels, slots], columns_read)
     cells = np.stack(np.divmod(peaks["cells"][channels, slots], job.grid[1]), axis=1)
     sizes = np.stack([to_numpy(images["width_px"]), to_numpy(images["height_px"])], axis=1)
     count = len(channels)
     columns: dict[str, Any] = {
         "basis": [basis] * count,
-        "split": [split] * count,
+        "split": [passed.split] * count,
         "sign": [SIGN_NAMES[sign]] * count,
         "channel": channels.astype(np.int32),
         "rank": (slots + 1).astype(np.int32),

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from epic_ray import interrupts
 from epic_ray.config import ResourcesConfig
 from epic_ray.errors import ClusterError, EpicError, RunFailed
 from epic_ray.logs import quiet_ray
@@ -53,6 +54,7 @@ def start_ray(local: bool = True) -> None:
         }
     with _held_back_stderr():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
+    interrupts.rearm()
 
 
 @contextmanager
@@ -138,24 +140,26 @@ def peak_memory_bytes() -> int:
 
 def first_cause(error: BaseException, stage: str) -> EpicError:
     """The fault behind what Ray raised: the first EpicError in the chain, else RunFailed with the innermost message."""
-    innermost: BaseException = error
-    for inner in _chain(error):
-        if isinstance(inner, EpicError):
-            return inner
-        innermost = inner
+    found = causes(error)
+    for cause in found:
+        if isinstance(cause, EpicError):
+            return cause
+    innermost = found[-1]
     text = (str(innermost).strip() or type(innermost).__name__).splitlines()[-1]
     return RunFailed(f"{stage}: {type(innermost).__name__}: {text}; Ray's logs lie under /tmp/ray/session_latest/logs")
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and all that Ray and Ray Train wrapped in it, outermost first."""
     found: list[BaseException] = []
     queue = [error]
     while queue:
-        inner = queue.pop(0)
-        if inner in found:
+        outer = queue.pop(0)
+        if outer in found:
             continue
-        found.append(inner)
-        failures = getattr(inner, "worker_failures", None) or {}
-        candidates = [getattr(inner, "cause", None), inner.__cause__, *failures.values()]
-        queue += [candidate for candidate in candidates if isinstance(candidate, BaseException)]
+        found.append(outer)
+        failures = getattr(outer, "worker_failures", None) or {}
+        wrapped = [getattr(outer, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
+        wrapped += [outer.__cause__, *failures.values()]
+        queue += [inner for inner in wrapped if isinstance(inner, BaseException)]
     return found

@@ -8,27 +8,28 @@ import torch
 
 from epic_ray.method.topk import TopN, search
 from epic_ray.run_dir import RunDir
+from epic_ray.stages.features import FeatureFile, read_features
 from epic_ray.stages.resources import first_cause
-from epic_ray.tables import read_table, to_numpy
+from epic_ray.tables import to_numpy
 
 # Files of one task: a constant, so that the shapes of the matrix products, and with them the last bits of the
 # values, do not depend on how many workers there are.
 _FILES_PER_TASK = 64
 
 
-def pooled_blocks(run_dir: RunDir, files: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def pooled_blocks(run_dir: RunDir, files: Sequence[FeatureFile]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(positions (n,), pooled features (n, D)) of each feature file in turn."""
     for file in files:
-        table = read_table(run_dir, file, ["position", "pooled"])
+        table = read_features(run_dir, file, ["position", "pooled"])
         yield torch.tensor(to_numpy(table["position"])), torch.tensor(to_numpy(table["pooled"]))
 
 
-def search_files(run_dir: RunDir, files: Sequence[str], basis: torch.Tensor, n: int, sign: int = 1) -> TopN:
+def search_files(run_dir: RunDir, files: Sequence[FeatureFile], basis: torch.Tensor, n: int, sign: int = 1) -> TopN:
     """The top-n over feature files, in this process."""
     return search(pooled_blocks(run_dir, files), basis, n, sign)
 
 
-def search_split(run_dir: RunDir, files: Sequence[str], basis: torch.Tensor, n: int, sign: int = 1) -> TopN:
+def search_split(run_dir: RunDir, files: Sequence[FeatureFile], basis: torch.Tensor, n: int, sign: int = 1) -> TopN:
     """The top-n over feature files, as Ray tasks whose results are merged exactly."""
     groups = [files[start : start + _FILES_PER_TASK] for start in range(0, len(files), _FILES_PER_TASK)]
     if len(groups) <= 1:

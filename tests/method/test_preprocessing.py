@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from epic_ray.method.preprocessing import ImageError, Preprocessing, decode_image
 
@@ -105,6 +105,12 @@ def test_32_bit_gray_is_scaled_from_its_range(values, expected):
         assert np.asarray(decode_image(data))[0, :, 0].tolist() == expected
 
 
+def test_a_large_gray_image_is_scaled_by_one_range():
+    values = np.linspace(-1e6, 3e6, 700 * 900).astype(np.int32).reshape(700, 900)
+    gray = np.asarray(decode_image(_bytes(Image.fromarray(values), "TIFF")))[:, :, 0]
+    np.testing.assert_array_equal(gray, np.rint((values + 1e6) * (255 / 4e6)))
+
+
 def test_gray_values_that_are_not_numbers_are_refused():
     with pytest.raises(ImageError, match="not all finite"):
         decode_image(_bytes(Image.fromarray(np.array([[np.nan, 1.0]], dtype=np.float32)), "TIFF"))
@@ -148,6 +154,26 @@ def test_a_bomb_beyond_pillows_own_limit_is_refused_too():
     bomb = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
     with pytest.raises(ImageError, match="decompression bomb"):
         decode_image(bomb)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("load_prepare", MemoryError()),
+        ("load_prepare", OSError("out of memory error when reading image file")),
+        ("load_prepare", ValueError("Pixel allocation failed: Out of memory")),
+        ("getexif", MemoryError()),
+    ],
+)
+def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch, method, error):
+    def fail(image: Image.Image) -> None:
+        raise error
+
+    data = _bytes(_noise(20, 20))
+    assert decode_image(data).size == (20, 20)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, method, fail)
+    with pytest.raises(MemoryError):
+        decode_image(data)
 
 
 @settings(deadline=None, max_examples=150)

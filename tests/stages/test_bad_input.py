@@ -24,8 +24,8 @@ from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.features import FeatureActor
 from epic_ray.stages.fit import read_basis
-from epic_ray.stages.image_pass import cut_units, run_pass
-from epic_ray.stages.images import read_manifest
+from epic_ray.stages.image_pass import run_pass
+from epic_ray.stages.images import UnitRange
 from epic_ray.stages.loading import load
 from epic_ray.stages.resources import resolve_resources
 
@@ -305,11 +305,11 @@ def test_a_fault_in_an_actor_keeps_its_kind_and_its_message(odd_images, tmp_path
 
 def test_a_bug_in_an_actor_is_a_failed_run_that_names_it(attempt, tmp_path, capfd):
     arguments = {"run_dir": attempt.run_dir, "model": "no settings of a model"}
-    units = cut_units(read_manifest(attempt.run_dir, "val"), 8)
+    units = [UnitRange("manifest", "val", 0, 0, 8, "made anew")]
     preprocessing = load(attempt.config.model).preprocessing
     resources = resolve_resources(attempt.config.resources)
-    with pytest.raises(RunFailed, match=r"^features: TypeError: .*missing 3 required positional arguments"):
-        run_pass("features", FeatureActor, arguments, units, preprocessing, resources, Reporter())
+    with pytest.raises(RunFailed, match=r"^features: TypeError: .*missing 2 required positional arguments"):
+        run_pass("features", FeatureActor, arguments, lambda: units, preprocessing, resources, Reporter())
     assert capfd.readouterr().err == ""
 
 

@@ -15,6 +15,7 @@ from epic_ray.logs import Reporter
 from epic_ray.report.explained import Illustrator, draw_split, rows_of
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.fit import read_basis
+from epic_ray.stages.images import Address
 from epic_ray.tables import read_tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -87,7 +88,7 @@ def test_explaining_reads_no_training_image_but_those_it_draws(finished, explain
             shutil.copy(away / Path(image_id).relative_to("train"), target)
         illustrator = Illustrator(run, 5)
         for row in explained[1][:8]:
-            picture = illustrator.compose(row["image_id"], f"{run.config.data.root}/{row['image_id']}", [row])
+            picture = illustrator.compose(row["image_id"], Address(f"{run.config.data.root}/{row['image_id']}"), [row])
             assert all(tile.image is not None for tile in picture.rows[0].prototypes)
     finally:
         shutil.rmtree(train, ignore_errors=True)
@@ -100,7 +101,7 @@ def test_each_prototype_is_drawn_from_the_image_its_row_names(finished, explaine
     illustrator = Illustrator(run, 5)
     table = read_tables(run.run_dir, run.run_dir.list("tables/prototypes")).to_pylist()
     for row in explained[1][:20]:
-        picture = illustrator.compose(row["image_id"], f"{run.config.data.root}/{row['image_id']}", [row])
+        picture = illustrator.compose(row["image_id"], Address(f"{run.config.data.root}/{row['image_id']}"), [row])
         (shown,) = picture.rows
         expected = [
             entry
@@ -124,12 +125,14 @@ def test_each_prototype_is_drawn_from_the_image_its_row_names(finished, explaine
 def test_a_prototype_that_has_vanished_is_shown_as_missing(finished, explained, tmp_path):
     run, _ = finished
     row = explained[1][0]
-    picture = Illustrator(run, 1).compose(row["image_id"], f"{run.config.data.root}/{row['image_id']}", [row])
+    picture = Illustrator(run, 1).compose(row["image_id"], Address(f"{run.config.data.root}/{row['image_id']}"), [row])
     name = picture.rows[0].prototypes[0].caption.rsplit(" · ", 1)[-1]
     (victim,) = Path(run.config.data.root, "train").rglob(name)
     victim.rename(tmp_path / name)
     try:
-        again = Illustrator(run, 1).compose(row["image_id"], f"{run.config.data.root}/{row['image_id']}", [row])
+        again = Illustrator(run, 1).compose(
+            row["image_id"], Address(f"{run.config.data.root}/{row['image_id']}"), [row]
+        )
         assert again.rows[0].prototypes[0].image is None
         assert name in again.rows[0].prototypes[0].caption
     finally:
@@ -151,7 +154,7 @@ def test_pictures_are_spread_over_the_split_and_old_ones_are_replaced(finished):
 def test_one_new_image_gets_the_explanation_it_has_in_the_split(finished, explained):
     run, _ = finished
     rows = explained[1][40:44]
-    seen, result = Illustrator(run, 2).explain(f"{run.config.data.root}/{rows[0]['image_id']}", 4, "share")
+    seen, result = Illustrator(run, 2).explain(Address(f"{run.config.data.root}/{rows[0]['image_id']}"), 4, "share")
     mine = rows_of(result, run, seen.image.size)
     for own, row in zip(mine, rows, strict=True):
         assert (own["channel"], own["sign"], own["predicted"]) == (row["channel"], row["sign"], row["predicted"])

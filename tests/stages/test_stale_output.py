@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 import torch
@@ -15,8 +16,8 @@ from epic_ray.errors import ClusterError, ConfigError, InputError, ResultError
 from epic_ray.logs import Reporter
 from epic_ray.report.explained import Illustrator, draw_split
 from epic_ray.run_dir import RUN, RunDir
-from epic_ray.stages.features import feature_files
 from epic_ray.stages.fit import read_basis, read_round
+from epic_ray.stages.images import Address
 from epic_ray.stages.loading import ClassNames, load, model_facts
 from epic_ray.stages.maps import MapStore, write_maps
 
@@ -91,15 +92,15 @@ def test_a_refused_start_keeps_no_old_record_beside_new_settings(few, tmp_path):
 
 def test_torn_or_lost_features_are_made_again_not_left_out(few, tmp_path):
     config = small_settings(few, tmp_path / "runs", features={"unit_size": 8})
-    record, run_dir = train(config)
+    _, run_dir = train(config)
     basis = run_dir.read_bytes("basis/basis.safetensors")
-    files = feature_files(run_dir, "train", record["fingerprints"]["features"])
+    files = run_dir.list("tables/features/train")
     Path(run_dir.path(files[0])).write_bytes(b"torn")
     run_dir.delete([files[1]])
     run_dir.delete(run_dir.list("maps/val")[:1])
     again, _ = train(config)
     assert again["counts"]["forwarded"] == 8 + 8 + 8
-    assert len(feature_files(run_dir, "train", record["fingerprints"]["features"])) == 3
+    assert len(run_dir.list("tables/features/train")) == 3
     assert run_dir.read_bytes("basis/basis.safetensors") == basis
 
 
@@ -145,11 +146,11 @@ def test_torn_rounds_and_maps_are_named(tmp_path):
         read_round(run_dir, 1)
     run_dir.publish_bytes("maps/train/unit-000000.arrow", b"torn")
     with pytest.raises(ResultError, match=r"unit-000000.arrow: is no whole file of maps"):
-        MapStore(run_dir, "train", "any")
+        MapStore(run_dir, "train", {"any"})
 
 
 def test_a_share_without_pairs_reads_no_map(tmp_path):
-    assert MapStore(RunDir(str(tmp_path)), "train", "any").read(np.empty(0, np.int64)).shape[0] == 0
+    assert MapStore(RunDir(str(tmp_path)), "train", {"any"}).read(np.empty(0, np.int64)).shape[0] == 0
 
 
 def test_a_peak_in_the_padding_is_drawn_without_an_outline(tmp_path):
@@ -165,7 +166,7 @@ def test_a_peak_in_the_padding_is_drawn_without_an_outline(tmp_path):
     pipeline.explain(run, record, "val")
     assert len(draw_split(run, "val", 6, 5, Reporter())) == 6
     uri = next(iter((images / "val").rglob("*.png")))
-    seen, _ = Illustrator(run, 1).explain(str(uri), 1, "share")
+    seen, _ = Illustrator(run, 1).explain(Address(str(uri)), 1, "share")
     left, top, right, bottom = run.classifier.preprocessing.grid_box(seen.image.size)
     assert (left, top, right, bottom) == pytest.approx((-10, -12, 22, 20), abs=1)
 
@@ -180,7 +181,7 @@ def test_shares_that_do_not_make_the_logit_are_refused(few, tmp_path):
         "box_xyxy_px": [0.0, 0.0, 4.0, 4.0],
     }  # fmt: skip
     with pytest.raises(ResultError, match="explain the split again"):
-        illustrator.draw("x", str(next((few / "val").rglob("*.png"))), [row])
+        illustrator.draw("x", Address(str(next((few / "val").rglob("*.png")))), [row])
 
 
 def test_features_are_computed_in_full_float32():
@@ -210,10 +211,11 @@ def test_a_resumed_fit_finds_the_maps_that_it_gathers_itself(few, tmp_path):
     kept, *later = sorted(
         (file for file in run_dir.list("maps/train")), key=lambda file: Path(run_dir.path(file)).stat().st_mtime_ns
     )
-    partial = MapStore(run_dir, "train", run_dir.read_mark("features")["fingerprint"])
+    made_from = pa.ipc.open_file(run_dir.open(kept)).schema.metadata[b"epic_ray.fingerprint"].decode()
+    partial = MapStore(run_dir, "train", {made_from})
     positions = np.arange(24)
     few_maps = positions[:3]
-    write_maps(run_dir, kept, few_maps, partial.read(few_maps), partial.fingerprint)  # as if killed early on
+    write_maps(run_dir, kept, few_maps, partial.read(few_maps), made_from)  # as if killed early on
     run_dir.delete([*later, "fit/round-003.pt", "fit/round-002.pt"])
     for stage in ("fit", "prototypes"):
         run_dir.drop_mark(stage)

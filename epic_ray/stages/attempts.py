@@ -1,0 +1,48 @@
+"""Which units were begun: so that a unit that kills its process is met with care, and not for ever.
+
+A small file is published before each attempt, under the run's `attempts/`. A process that dies leaves it behind, and
+whoever takes the unit up again, in this start or a later one, sees that somebody began it before.
+"""
+
+import uuid
+from collections import Counter
+
+from epic_ray.errors import RunFailed
+from epic_ray.run_dir import RunDir, attempt_file, attempts_folder
+
+# a preempted machine counts as an attempt too: enough for a few of them, few enough not to run for ever
+MOST_ATTEMPTS = 5
+_ADVICE = {
+    "decode": "an image of it may need more memory than there is, or its machine was taken away each time",
+    "forward": "the process may have run out of memory: lower resources.batch_size; or its machine was taken away",
+}
+
+
+class Attempts:
+    """The attempts at the units of a stage; one object a start, sent along to its processes."""
+
+    def __init__(self, run_dir: RunDir, stage: str, start: str = "") -> None:
+        self._run_dir, self._stage, self._start = run_dir, stage.replace(" ", "-"), start or uuid.uuid4().hex[:8]
+
+    def begin(self, split: str, unit: int, step: str) -> int:
+        """Notes that a step (`decode`, `forward`) of a unit begins; gives how many times it was begun before.
+
+        Raises RunFailed where it was begun too many times in this start.
+        """
+        files = self._run_dir.list(attempts_folder(self._stage, split, unit))
+        earlier = [file.rsplit("/", 1)[-1].split("-") for file in files]
+        starts = Counter(start for name, start, _ in earlier if name == step)
+        if starts[self._start] >= MOST_ATTEMPTS:
+            raise RunFailed(
+                f"{self._stage}: unit {unit} of {split} was begun {starts[self._start]} times, and its process died "
+                f"each time ({step}); {_ADVICE[step]}"
+            )
+        number = sum(starts.values())
+        self._run_dir.publish_bytes(attempt_file(self._stage, split, unit, f"{step}-{self._start}-{number}"), b"")
+        return number
+
+    def clear(self, step: str) -> int:
+        """Forgets the attempts of a stage that is done; gives how many there were at `step`."""
+        files = self._run_dir.list(attempts_folder(self._stage))
+        self._run_dir.delete_folder(attempts_folder(self._stage))
+        return sum(file.rsplit("/", 1)[-1].startswith(f"{step}-") for file in files)

@@ -1,0 +1,380 @@
+"""Faults on purpose: a run that a test can stop at a point, processes to kill, and what must hold afterwards."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import CLASSES, COLOURS, draw_patch, small_settings
+from PIL import Image
+from safetensors.torch import load
+from typer.main import get_command
+
+from epic_ray.cli import explain, train
+from epic_ray.cli.app import app
+from epic_ray.config import RunConfig, dump_config
+from epic_ray.run_dir import BASIS, RUN, RunDir
+
+assert explain, train  # imported for the commands they add
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+UNIT = 16
+COUNTS = {"train": 48, "val": 20}  # images of each class: units of 9 + 4
+UNITS = 13
+SLOW_UNIT = ("train", 4)
+_SLOW_PX, _SLOW_IMAGES = 5000, 3
+_WAIT_SECONDS = 120
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes by /proc")
+
+
+# --- the images and the settings
+
+
+def write_images(root: Path) -> Path:
+    """204 small JPEGs in 13 units; three large ones in the unit `SLOW_UNIT` take a second to decode."""
+    for number, (split, count) in enumerate(COUNTS.items()):
+        for place, name in enumerate(CLASSES):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                patch = draw_patch(COLOURS[name], 100_000 * number + 10_000 * place + index)
+                patch.save(folder / f"{name}-{index:04d}.jpg", quality=90)
+    large = io.BytesIO()
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (50, 50, 3), dtype=np.uint8))
+    noise.resize((_SLOW_PX, _SLOW_PX), Image.Resampling.BICUBIC).save(large, "JPEG", quality=80)
+    for index in range(_SLOW_IMAGES):
+        place, row = divmod(SLOW_UNIT[1] * UNIT + index, COUNTS["train"])
+        (root / "train" / CLASSES[place] / f"{CLASSES[place]}-{row:04d}.jpg").write_bytes(large.getvalue())
+    return root
+
+
+def fault_settings(images: Path | str, output: Path | str, points: Path, **sections: Any) -> RunConfig:
+    """A run of seconds with 13 units and 8 rounds of adam; its processes pass the points armed in `points`."""
+    ours: dict[str, Any] = {
+        "model": {"architecture": "tests.faults.networks:faulty_net", "arguments": {"points": str(points)}},
+        "features": {"unit_size": UNIT},
+        "fit": {
+            "solver": "adam",
+            "workers": 0,
+            "adam": {"epochs_per_round": 25, "batch_size": 64},
+            "prototypes_per_channel": {"start": 12, "end": 5, "rounds": 8},
+        },
+        "resources": {"batch_size": UNIT, "feature_actors": 2},
+    }
+    merged = {name: {**ours.get(name, {}), **sections.get(name, {})} for name in {**ours, **sections}}
+    return small_settings(images, output, **merged)
+
+
+# --- points
+
+
+class Points:
+    """The points of a run, armed and met."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def arm(self, name: str, action: str, match: str = "", after: int = 1, torn: bool = True) -> None:
+        """The first process that passes `name` for at least the `after`-th time will `hold`, `kill` itself or `raise`;
+        with `kill every`, all that pass it. `match`: what the path of a file to publish must contain. `torn`: half of
+        that file is there."""
+        told = {"action": action, "match": match, "after": after, "torn": torn}
+        draft = self.folder / f"draft-{name}"
+        draft.write_text(json.dumps(told), encoding="ascii")
+        draft.rename(self.folder / name)
+
+    def met(self, name: str) -> int | None:
+        """The process that met the point, or None."""
+        return next((int(file.suffix.removeprefix(".taken-")) for file in self.folder.glob(f"{name}.taken-*")), None)
+
+    def wait(self, name: str, start: "Start | None" = None) -> int:
+        """The process that is held at a point, as soon as there is one."""
+        wait_until(lambda: self.met(name), start)
+        found = self.met(name)
+        assert found
+        return found
+
+    def clear(self) -> None:
+        """Lets go of who is held; nothing is armed any more."""
+        for file in self.folder.iterdir():
+            file.unlink(missing_ok=True)
+
+
+def wait_until(condition: Callable[[], Any], start: "Start | None" = None, seconds: float = _WAIT_SECONDS) -> None:
+    """Fails where the condition does not come true, or the process that should make it true ends before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if start and start.process.poll() is not None and not condition():
+            pytest.fail(f"ended too early, with {start.process.returncode}: {start.stderr()}")
+        if time.monotonic() > end:
+            pytest.fail(f"waited {seconds} s in vain" + (f": {start.stderr()}" if start else ""))
+        time.sleep(0.005)
+
+
+# --- processes
+
+
+class Start:
+    """A start of a run as a command of its own."""
+
+    def __init__(self, arguments: list[str], **environment: str) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 a pipe that nobody reads would stop the command
+        kept = {
+            key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=REPOSITORY,
+            env={**kept, "PYTHONPATH": str(REPOSITORY), **environment},
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+            # a process born in the background has Ctrl-C ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def raylets(self) -> list[int]:
+        """Of `three_machines.py`: the processes of its raylets, the head's first."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            pytest.fail(self.stderr())
+        found: list[int] = json.loads(line)
+        return found
+
+    def stderr(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def end(self, seconds: float = _WAIT_SECONDS) -> int:
+        """The exit code of the finished process."""
+        try:
+            self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.close()
+            pytest.fail(f"did not end in {seconds} s: {self.stderr()}")
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            for pid in [*descendants(self.process.pid), self.process.pid]:
+                kill(pid)
+        self.process.communicate()
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Parent and title of every process."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                found[int(folder.name)] = (parent, title)
+    return found
+
+
+def descendants(pid: int, title: str = "") -> list[int]:
+    """The processes below one whose title matches."""
+    every = processes()
+
+    def is_below(child: int) -> bool:
+        while child in every and child != pid:
+            child = every[child][0]
+        return child == pid
+
+    return [child for child, (_, name) in every.items() if child != pid and is_below(child) and re.search(title, name)]
+
+
+# --- a run that is disturbed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start in this process ended."""
+
+    exit_code: int
+    stderr: str
+
+    @property
+    def first_line(self) -> str:
+        return self.stderr.splitlines()[0] if self.stderr else ""
+
+
+class Disturbed:
+    """A run with points, whose starts are counted."""
+
+    def __init__(self, images: Path | str, folder: Path, output: Path | str | None = None, **sections: Any) -> None:
+        self.points = Points(folder / "points")
+        self.config = fault_settings(images, output or folder / "runs", self.points.folder, **sections)
+        self.run_dir = RunDir(f"{self.config.output.root}/small")
+        self.run_file = folder / "run.yaml"
+        self.run_file.write_text(dump_config(self.config), encoding="utf-8")
+        self.starts = 0
+        self._open: list[Start] = []
+
+    def start(self, **environment: str) -> Start:
+        """`epic-ray train run.yaml` as a process of its own."""
+        return self.command("-m", "epic_ray", "train", str(self.run_file), "--quiet", **environment)
+
+    def on_three_machines(self, **environment: str) -> Start:
+        """The training job on a cluster of three raylets."""
+        here = Path(__file__).with_name("three_machines.py")
+        return self.command(str(here), str(self.run_file), str(REPOSITORY / "jobs" / "train.py"), **environment)
+
+    def command(self, *arguments: str, **environment: str) -> Start:
+        self.starts += 1
+        self._open.append(Start(list(arguments), **environment))
+        return self._open[-1]
+
+    def start_here(self) -> Outcome:
+        """The same command in this process, on the Ray that it has."""
+        self.starts += 1
+        out, err = io.StringIO(), io.StringIO()  # never closed: Ray's loggers may keep them
+        with redirect_stdout(out), redirect_stderr(err):
+            code = get_command(app).main(["train", str(self.run_file), "--quiet"], standalone_mode=False)
+        return Outcome(int(code or 0), err.getvalue())
+
+    def committed(self) -> int:
+        return len(self.run_dir.list("tables/images"))
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = self.run_dir.read_json(RUN)
+        return record
+
+    def redone(self) -> int:
+        return int(self.record()["units"]["redone"])
+
+    def close(self) -> None:
+        self.points.clear()
+        for start in self._open:
+            start.close()
+
+
+@contextmanager
+def disturbed(
+    images: Path | str, folder: Path, output: Path | str | None = None, **sections: Any
+) -> Iterator[Disturbed]:
+    run = Disturbed(images, folder, output, **sections)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+# --- what must hold after a fault
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has left: its tables by their files, and the bytes of U."""
+
+    tables: dict[str, pa.Table]
+    basis: bytes
+
+    @classmethod
+    def of(cls, run_dir: RunDir) -> "Result":
+        files = [file for file in run_dir.list("tables") if not file.startswith("tables/selection/")]
+        assert all(file.endswith(".parquet") for file in files)
+        tables = {}
+        for file in files:
+            with run_dir.filesystem.open_input_file(run_dir.path(file)) as stream:
+                tables[file] = pq.read_table(stream).replace_schema_metadata(None)
+        return cls(tables, load(run_dir.read_bytes(BASIS))["U"].numpy().tobytes())
+
+
+def differing(found: Result, expected: Result, without: tuple[str, ...] = ()) -> list[str]:
+    """The tables that are not equal to the last bit, and `U`; columns `without` are left out."""
+    names = sorted(found.tables.keys() ^ expected.tables.keys())
+    for name in found.tables.keys() & expected.tables.keys():
+        one, other = [_plain(table, without) for table in (found.tables[name], expected.tables[name])]
+        if not one.equals(other):
+            names.append(name)
+    return names + (["U"] if found.basis != expected.basis else [])
+
+
+def _plain(table: pa.Table, without: tuple[str, ...]) -> pa.Table:
+    return table.drop_columns([name for name in without if name in table.column_names])
+
+
+def assert_as_undisturbed(run: Disturbed, undisturbed: Result, without: tuple[str, ...] = ()) -> None:
+    """Nothing lost, doubled, torn, left over or different."""
+    found = Result.of(run.run_dir)
+    for split, per_class in COUNTS.items():
+        listed = found.tables[f"tables/manifest/{split}.parquet"]["image_id"].to_pylist()
+        assert len(listed) == len(set(listed)) == 3 * per_class
+        for table in ("images", "features"):
+            parts = [
+                part["image_id"] for name, part in found.tables.items() if name.startswith(f"tables/{table}/{split}/")
+            ]
+            ids = [value for part in parts for value in part.to_pylist()]
+            assert sorted(ids) == sorted(listed), f"{table} of {split}"
+    assert differing(found, undisturbed, without) == []
+    assert left_over(run.run_dir) == []
+    assert run.record()["units"]["all"] == UNITS
+
+
+def left_over(run_dir: RunDir) -> list[str]:
+    """Files that a finished run should not have: temporary ones, attempts, claims."""
+    everything = [file.path for file in _everything(run_dir)]
+    return [path for path in everything if re.search(r"\.tmp-|/attempts/|/locks/.|\.ray-train", path)]
+
+
+def _everything(run_dir: RunDir) -> list[Any]:
+    from pyarrow import fs
+
+    infos = run_dir.filesystem.get_file_info(fs.FileSelector(run_dir.path("").rstrip("/"), recursive=True))
+    return [info for info in infos if info.type == fs.FileType.File]
+
+
+# --- the table of the matrix
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the fault table. Exit codes are those of the starts that the fault ended."""
+
+    fault: str
+    where: str
+    exit_codes: list[int]
+    starts: int
+    units_redone: int
+    tables_equal: bool
+    seconds: float
+
+
+class FaultTable:
+    """Rows of the matrix, one JSON object a line where a file is asked for."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = Path(path) if path else None
+
+    def add(self, row: Row) -> None:
+        line = json.dumps(asdict(row))
+        print(line)
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
