@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PIP := PIP_FIND_LINKS= $(BIN)/python -m pip
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick check clean
+.PHONY: help install demo test test-quick test-faults check clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,6 +27,10 @@ test: install  ## all tests (under 30 minutes on 2 cores)
 
 test-quick: install  ## the tests that start no Ray and take no time (under 2 minutes)
 	$(BIN)/python -m pytest -q -m "not slow and not ray"
+
+test-faults: install  ## every fault at every moment; its table goes to runs/faults.md (about 40 minutes on 2 cores)
+	@mkdir -p runs
+	$(BIN)/python -m pytest -q --faults --fault-table=runs/faults.md tests/faults
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

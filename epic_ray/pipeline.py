@@ -8,6 +8,8 @@ with it all that depends on it. Nothing here computes: it says what is made from
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +40,7 @@ def train(config: RunConfig, reporter: Reporter, force: bool = False, local: boo
     """Fits U and writes the run folder; gives what `run.json` says. A finished stage is reused."""
     start = time.monotonic()
     run = open_run(config, reporter, force)
-    with hold(run.run_dir, "train") as run.lock:
-        for sentence in run.lock.freed:
-            reporter.say(sentence)
+    with _held(run, "train"):
         return _train(run, local, start)
 
 
@@ -92,8 +92,18 @@ def _train(run: Run, local: bool, start: float) -> dict[str, Any]:
         time.monotonic() - start,
     )
     interrupts.check()
+    run.run_dir.remove_temporaries()  # of processes that were lost on the way
     run.run_dir.publish_json(RUN, record)
     return record
+
+
+@contextmanager
+def _held(run: Run, what: str) -> Iterator[None]:
+    """The run folder, for this start alone."""
+    with hold(run.run_dir, what) as run.lock:
+        for sentence in run.lock.freed:
+            run.reporter.say(sentence)
+        yield
 
 
 def _describe(run: Run) -> str:
@@ -155,7 +165,7 @@ def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
         "failures": features.count_failures(run.run_dir, passes),
         "images_done_here": totals.images,
         "units": sum(len(passed.units) for passed in passes),
-        "units_redone": max(0, totals.units_begun - totals.units),
+        "units_redone": totals.units_redone,
         "maps_kept": run.maps_kept,
         "actors": len(totals.actors),
         "peak_memory_bytes": totals.peak_memory_bytes,
@@ -262,7 +272,7 @@ def explain(
     config = run.config
     if split not in config.data.splits:
         raise ConfigError(f"split `{split}`: the run has {', '.join(config.data.splits)}; add it to data.splits")
-    with hold(run.run_dir, "explain") as run.lock:
+    with _held(run, "explain"):
         return _explain(run, record, split, limit, local)
 
 

@@ -64,7 +64,9 @@ def join(root: str, *parts: str) -> str:
 
 def last_name(root: str) -> str:
     """The last part of an address."""
-    return (root.partition("?")[0] if is_uri(root) else root).rstrip("/").rsplit("/", 1)[-1]
+    if not is_uri(root):
+        return root.rstrip("/").rsplit("/", 1)[-1]
+    return unquote(root.partition("?")[0].rstrip("/").rsplit("/", 1)[-1])
 
 
 def open_filesystem(root: str) -> tuple[fs.FileSystem, str]:

@@ -15,10 +15,23 @@ from epic_ray.demo import DIGIT_PREPROCESSING
 
 # for the tests' own store: Ray's processes have the environment that Ray was started with
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+pytest.register_assert_rewrite("harness", "stores")
 torch.set_num_threads(1)  # threads that wait for one another on a busy machine turn milliseconds into seconds
 
 CLASSES = ("blue", "green", "red")
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="also the tests marked `faults`, about half an hour")
+    parser.addoption("--fault-table", metavar="FILE", help="write what each fault cost as a Markdown table")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--faults"):
+        left_out = [item for item in items if item.get_closest_marker("faults")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

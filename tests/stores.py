@@ -28,6 +28,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from epic_ray.config import DataConfig
+from epic_ray.stages.sources import LISTED, Source, find_source
+
 _START_SECONDS = 60
 _PIECE_BYTES = 65_536
 
@@ -108,6 +111,29 @@ def as_nobody() -> Iterator[Path]:
             yield Path(folder)
         finally:
             os.seteuid(mine)
+
+
+def place(root: Path, *paths: str) -> None:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(path.encode())
+
+
+def only_train(root: Path | str, where: str = "train", **more) -> DataConfig:
+    return DataConfig(root=str(root), splits={"train": where}, **more)
+
+
+def listing(data: DataConfig, split: str = "train") -> tuple[Source, pa.Table]:
+    source = find_source(data, split)
+    return source, pa.Table.from_batches(source.batches(), LISTED)
+
+
+def column(data: DataConfig, name: str) -> list:
+    return listing(data)[1][name].to_pylist()
+
+
+def ids(data: DataConfig) -> list[str]:
+    return column(data, "image_id")
 
 
 class Store:

@@ -140,6 +140,7 @@ def test_a_second_start_is_told_who_holds_the_run_and_goes_on_when_it_is_free(ru
     assert run_dir.list("locks") == []
 
 
+@pytest.mark.slow
 def test_of_starts_at_the_same_moment_exactly_one_wins(tmp_path, start):
     racers = [start(RACER) for _ in range(2)]
     for number in range(ROUNDS):
@@ -153,6 +154,7 @@ def test_of_starts_at_the_same_moment_exactly_one_wins(tmp_path, start):
             racer.stdin.flush()
 
 
+@pytest.mark.slow
 def test_of_starts_at_the_same_moment_exactly_one_wins_in_a_store(s3):
     bucket = s3.new_bucket()
     for number in range(4):

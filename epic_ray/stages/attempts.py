@@ -42,7 +42,9 @@ class Attempts:
         return number
 
     def clear(self, step: str) -> int:
-        """Forgets the attempts of a stage that is done; gives how many there were at `step`."""
+        """Forgets the attempts of a stage that is done; gives how many at `step` were not the first of their unit."""
         files = self._run_dir.list(attempts_folder(self._stage))
         self._run_dir.delete_folder(attempts_folder(self._stage))
-        return sum(file.rsplit("/", 1)[-1].startswith(f"{step}-") for file in files)
+        begun = [file.rsplit("/", 1) for file in files]
+        units = [unit for unit, name in begun if name.startswith(f"{step}-")]
+        return len(units) - len(set(units))

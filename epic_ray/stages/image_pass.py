@@ -49,15 +49,14 @@ _EXECUTIONS = 4
 class PassTotals:
     """What a pass really did, summed over its units: counted where it happened.
 
-    units_begun: forwards of units that were begun, in this start and earlier ones; what exceeds `units` was redone.
+    units_redone: forwards of units that were begun again, since the last pass that came to its end.
     """
 
     images: int = 0
     decoded: int = 0
     forwarded: int = 0
     failed: int = 0
-    units: int = 0
-    units_begun: int = 0
+    units_redone: int = 0
     bytes_written: int = 0
     peak_memory_bytes: int = 0
     actors: set[str] = field(default_factory=set)
@@ -67,7 +66,6 @@ class PassTotals:
         self.decoded += summary["decoded"]
         self.forwarded += summary["forwarded"]
         self.failed += summary["failed"]
-        self.units += 1
         self.bytes_written += summary["bytes_written"]
         self.peak_memory_bytes = max(self.peak_memory_bytes, summary["peak_memory_bytes"])
         self.actors.add(summary["actor"])
@@ -330,7 +328,7 @@ def run_pass(
                 break
     if units:
         raise RunFailed(f"{stage}: {len(units)} unit(s) are not committed although the pass ended; start again")
-    totals.units_begun = attempts.clear("forward")
+    totals.units_redone = attempts.clear("forward")
     return totals
 
 

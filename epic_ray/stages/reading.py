@@ -17,7 +17,7 @@ from epic_ray.stages.sources.parquet import bytes_column, open_parquet
 
 _IN_FLIGHT = 16
 _ROWS_AT_ONCE = 1024
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 16 << 20
 _PAUSES_SECONDS = (0.2, 0.6)
 # what a file is, rather than what its disk says at the moment
 _FINAL = {
@@ -193,7 +193,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _ParquetImages:
-    """A column of bytes of one Parquet file; of it, the rows that were decoded last: 64 MiB of them or one."""
+    """A column of bytes of one Parquet file; of it, the rows that were decoded last: 16 MiB of them, or one."""
 
     def __init__(self, uri: str, column: str) -> None:
         self.uri = uri

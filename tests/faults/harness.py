@@ -11,25 +11,28 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import CLASSES, COLOURS, draw_patch, small_settings
+from networks import forget_points
 from PIL import Image
 from safetensors.torch import load
 from typer.main import get_command
 
+from epic_ray import pipeline
 from epic_ray.cli import explain, train
 from epic_ray.cli.app import app
 from epic_ray.config import RunConfig, dump_config
 from epic_ray.run_dir import BASIS, RUN, RunDir
 
 assert explain, train  # imported for the commands they add
+assert pipeline  # imported here, so that Ray's loggers do not take the stderr of a start for theirs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 UNIT = 16
@@ -134,7 +137,8 @@ def wait_until(condition: Callable[[], Any], start: "Start | None" = None, secon
 class Start:
     """A start of a run as a command of its own."""
 
-    def __init__(self, arguments: list[str], **environment: str) -> None:
+    def __init__(self, arguments: list[str], exit_codes: list[int], **environment: str) -> None:
+        self._exit_codes = exit_codes
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 a pipe that nobody reads would stop the command
         kept = {
             key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV")
@@ -171,6 +175,7 @@ class Start:
         except subprocess.TimeoutExpired:
             self.close()
             pytest.fail(f"did not end in {seconds} s: {self.stderr()}")
+        self._exit_codes.append(self.process.returncode)
         return self.process.returncode
 
     def close(self) -> None:
@@ -212,8 +217,7 @@ def descendants(pid: int, title: str = "") -> list[int]:
 # --- a run that is disturbed
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a start in this process ended."""
 
     exit_code: int
@@ -222,6 +226,14 @@ class Outcome:
     @property
     def first_line(self) -> str:
         return self.stderr.splitlines()[0] if self.stderr else ""
+
+
+def start_here(run_file: Path) -> Outcome:
+    """`epic-ray train run.yaml` in this process, on the Ray that it has."""
+    out, err = io.StringIO(), io.StringIO()  # never closed: Ray's loggers may keep them
+    with redirect_stdout(out), redirect_stderr(err):
+        code = get_command(app).main(["train", str(run_file), "--quiet"], standalone_mode=False)
+    return Outcome(int(code or 0), err.getvalue())
 
 
 class Disturbed:
@@ -233,7 +245,8 @@ class Disturbed:
         self.run_dir = RunDir(f"{self.config.output.root}/small")
         self.run_file = folder / "run.yaml"
         self.run_file.write_text(dump_config(self.config), encoding="utf-8")
-        self.starts = 0
+        self.begun = time.monotonic()
+        self.exit_codes: list[int] = []
         self._open: list[Start] = []
 
     def start(self, **environment: str) -> Start:
@@ -246,17 +259,14 @@ class Disturbed:
         return self.command(str(here), str(self.run_file), str(REPOSITORY / "jobs" / "train.py"), **environment)
 
     def command(self, *arguments: str, **environment: str) -> Start:
-        self.starts += 1
-        self._open.append(Start(list(arguments), **environment))
+        self._open.append(Start(list(arguments), self.exit_codes, **environment))
         return self._open[-1]
 
     def start_here(self) -> Outcome:
         """The same command in this process, on the Ray that it has."""
-        self.starts += 1
-        out, err = io.StringIO(), io.StringIO()  # never closed: Ray's loggers may keep them
-        with redirect_stdout(out), redirect_stderr(err):
-            code = get_command(app).main(["train", str(self.run_file), "--quiet"], standalone_mode=False)
-        return Outcome(int(code or 0), err.getvalue())
+        outcome = start_here(self.run_file)
+        self.exit_codes.append(outcome.exit_code)
+        return outcome
 
     def committed(self) -> int:
         return len(self.run_dir.list("tables/images"))
@@ -350,31 +360,61 @@ def _everything(run_dir: RunDir) -> list[Any]:
     return [info for info in infos if info.type == fs.FileType.File]
 
 
-# --- the table of the matrix
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the fault table. Exit codes are those of the starts that the fault ended."""
-
-    fault: str
-    where: str
-    exit_codes: list[int]
-    starts: int
-    units_redone: int
-    tables_equal: bool
-    seconds: float
+# --- the table of all faults
 
 
 class FaultTable:
-    """Rows of the matrix, one JSON object a line where a file is asked for."""
+    """What each fault cost: a row a fault, as Markdown, where a file is asked for."""
+
+    HEAD = "| fault | where | exit codes, start by start | units redone | tables and U equal | seconds |"
 
     def __init__(self, path: str | None) -> None:
         self._path = Path(path) if path else None
+        if self._path:
+            self._path.write_text(f"{self.HEAD}\n|{'---|' * self.HEAD.count(' | ')}---|\n", encoding="utf-8")
 
-    def add(self, row: Row) -> None:
-        line = json.dumps(asdict(row))
-        print(line)
+    def judge(self, fault: str, where: str, run: Disturbed, undisturbed: Result, without: tuple[str, ...] = ()) -> None:
+        """Adds the row of a run that has come to its end, and fails where it did not come to the right one."""
+        codes = ", ".join(str(128 - code if code < 0 else code) for code in run.exit_codes)
+        equal = "no" if differing(Result.of(run.run_dir), undisturbed, without) else "yes"
+        row = f"| {fault} | {where} | {codes} | {run.redone()} | {equal} | {time.monotonic() - run.begun:.0f} |"
+        print(row)
         if self._path:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(row + "\n")
+        assert_as_undisturbed(run, undisturbed, without)
+
+
+# --- fixtures: import them where they are used
+
+
+@pytest.fixture(scope="session")
+def fault_table(request: pytest.FixtureRequest) -> FaultTable:
+    return FaultTable(request.config.getoption("--fault-table"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield write_images(tmp_path_factory.mktemp("images"))
+    forget_points()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Result:
+    return result_of(images, tmp_path_factory.mktemp("undisturbed"))
+
+
+def result_of(images: Path, folder: Path, **sections: Any) -> Result:
+    """What an undisturbed run leaves."""
+    run = Disturbed(images, folder, **sections)
+    assert run.start_here() == Outcome(0, "")
+    assert run.redone() == 0
+    result = Result.of(run.run_dir)
+    assert_as_undisturbed(run, result)
+    return result
+
+
+@pytest.fixture
+def run(images: Path, tmp_path: Path) -> Iterator[Disturbed]:
+    with disturbed(images, tmp_path) as run:
+        yield run

@@ -1,5 +1,6 @@
 """When a fault strikes: in the middle of the pass, of the fit, or of the publishing of a file."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,3 +57,10 @@ def strike(run: Disturbed, moment: Moment, blow: Callable[[Start], None]) -> tup
 def signalled(number: int, group: bool = False) -> Callable[[Start], None]:
     """A signal for the driver alone, or, as from a terminal, for all of its process group."""
     return lambda start: kill(-start.process.pid if group else start.process.pid, number)
+
+
+def meanwhile(work: Callable[[], None]) -> threading.Thread:
+    """Does work beside a start in this process."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread

@@ -6,7 +6,7 @@ import subprocess
 import tarfile
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stores import write_tar
 
@@ -57,6 +57,7 @@ def index(data: bytes) -> list[tuple[str, int, int]]:
     return [tuple(member) for member in members(Counted(data), "x.tar")]
 
 
+@settings(deadline=None)
 @given(CONTENTS, st.sampled_from(FORMS))
 @example([("ü" * 60 + "/" + "n" * 95 + ".jpg", b"12"), ("d/" * 120 + "x.png", b"")], tarfile.GNU_FORMAT)
 @example([("ü" * 60 + "/" + "n" * 95 + ".jpg", b"12"), ("d/" * 120 + "x.png", b"")], tarfile.PAX_FORMAT)
@@ -68,6 +69,7 @@ def test_members_are_those_that_pythons_tarfile_sees(contents, form):
     assert index(data) == theirs
 
 
+@settings(deadline=None)
 @given(CONTENTS, st.sampled_from(FORMS))
 def test_the_data_of_members_are_not_read(contents, form):
     file = Counted(packed(contents, form))
@@ -77,6 +79,7 @@ def test_the_data_of_members_are_not_read(contents, form):
             assert end <= member.offset or start >= member.offset + member.size
 
 
+@settings(deadline=None)
 @given(CONTENTS, st.sampled_from(FORMS), st.data())
 def test_a_file_that_was_cut_off_anywhere_is_never_listed_in_part(contents, form, data):
     whole = packed(contents, form)
@@ -86,6 +89,7 @@ def test_a_file_that_was_cut_off_anywhere_is_never_listed_in_part(contents, form
         index(whole[:cut])
 
 
+@settings(deadline=None)
 @given(CONTENTS.filter(bool), st.sampled_from(FORMS), st.data())
 def test_a_header_that_was_changed_is_told(contents, form, data):
     whole = bytearray(packed(contents, form))

@@ -58,13 +58,11 @@ def _find(data: DataConfig, place: Place) -> Source:
     kind = _kind(place)
     if kind == fs.FileType.Directory:
         return _in_folder(data, place)
-    if kind == fs.FileType.File:
-        found: _Found | None = _Found(place, [place.relative])
-    elif glob.has_magic(place.relative):
-        found = _Found(place, list(_matches(place.root, place.relative)))
-    else:
-        found = _at_customary_places(place) if data.format == "auto" else None
-    if not found or not found.names:
+    is_pattern = kind != fs.FileType.File and glob.has_magic(place.relative)
+    found = _Found(place, list(_matches(place.root, place.relative)) if is_pattern else [place.relative])
+    if not found.names or (kind == fs.FileType.NotFound and not is_pattern):
+        found = _at_customary_places(place) if data.format == "auto" else _Found(place, [])
+    if not found.names:
         raise _nothing(place)
     form = _form_of_files(found) if data.format == "auto" else data.format
     if form == "imagefolder":
@@ -178,7 +176,7 @@ def _kind(place: Place) -> fs.FileType:
     return _ask(place, lambda: filesystem.get_file_info(path)).type
 
 
-def _at_customary_places(place: Place) -> _Found | None:
+def _at_customary_places(place: Place) -> _Found:
     for form in _CUSTOMARY:
         pattern = form.format(glob.escape(place.relative))
         names = list(_matches(place.root, pattern)) if place.relative else []
@@ -186,7 +184,7 @@ def _at_customary_places(place: Place) -> _Found | None:
             shown = form.format(place.relative)
             note = f"there is no `{place.relative}`; {shown} is taken: {len(names)} file(s), first {min(names)}"
             return _Found(place._replace(relative=shown), names, note)
-    return None
+    return _Found(place, [])
 
 
 def _matches(root: str, pattern: str, folder: str = "") -> Iterator[str]:

@@ -163,17 +163,20 @@ def join_each(root: str, relatives: pa.Array) -> pa.Array:
 def _of_one_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The same rows in batches of BATCH_ROWS, the last one smaller."""
     held: list[pa.RecordBatch] = []
-    count = 0
+    missing = BATCH_ROWS
     for batch in batches:
-        held.append(batch)
-        count += batch.num_rows
-        if count >= BATCH_ROWS:
-            *whole, rest = _cut(held)
-            yield from whole
-            held, count = [rest], rest.num_rows
-    if count:
-        yield from _cut(held)
+        while batch.num_rows >= missing:
+            whole = _joined([*held, batch.slice(0, missing)])
+            batch, held, missing = batch.slice(missing), [], BATCH_ROWS
+            yield whole
+        if batch.num_rows:
+            held.append(batch)
+            missing -= batch.num_rows
+    if held:
+        yield _joined(held)
 
 
-def _cut(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    return pa.Table.from_batches(batches).combine_chunks().to_batches(max_chunksize=BATCH_ROWS)
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]

@@ -15,22 +15,26 @@ from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from epic_ray import storage
 from epic_ray.config import DataConfig
 from epic_ray.errors import InputError
-from epic_ray.stages.sources.base import BATCH_ROWS, INT32_MAX, Place, Shard, Source, listed
+from epic_ray.stages.sources.base import BATCH_ROWS, INT32_MAX, Place, Shard, Source, join_each, listed
 from epic_ray.stages.sources.files import in_order, open_file
 
 URI_COLUMNS = ("uri", "path", "image", "file", "filename", "image_path")
 LABEL_COLUMNS = ("label", "class", "class_name", "target")
 SIZE_COLUMN = "size_bytes"
+_UNTIDY = re.compile(r"(^|/)\.{0,2}(/|$)")
 _INTEGER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _STAT_THREADS, _STAT_AT_ONCE = 16, 256
-_REMOTE_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 
 
 class _Row(NamedTuple):
+    """A line as text; `uri` is empty where it follows from the image id."""
+
     image_id: str
     uri: str
     label: str
@@ -69,29 +73,31 @@ class CsvSource(Source):
 
     def _rows(self) -> Iterator[pa.RecordBatch]:
         numbers = self._check()
-        rows = (row for shard, columns in zip(self._shards, self._columns, strict=True)
-                for _, row in self._lines(shard, columns))  # fmt: skip
+        rows = (row for shard, columns in self._files() for _, row in self._lines(shard, columns))
         while chunk := list(islice(rows, BATCH_ROWS)):
             ids, uris, labels, sizes = zip(*chunk, strict=True)
             named = [label or None for label in labels]
+            image_ids, addresses = pa.array(ids, pa.string()), pa.array(uris, pa.string())
+            addresses = pc.if_else(pc.equal(addresses, ""), join_each(self._root, image_ids), addresses)
             yield listed(
-                pa.array(ids, pa.string()),
-                pa.array(uris, pa.string()),
-                size_bytes=self._sizes(uris, sizes),
+                image_ids,
+                addresses,
+                size_bytes=self._sizes(addresses, sizes),
                 class_name=None if numbers else pa.array(named, pa.string()),
                 class_index=pa.array([int(name) if name else None for name in named], pa.int32()) if numbers else None,
             )
 
-    def _sizes(self, uris: Sequence[str], sizes: Sequence[str]) -> pa.Array:
+    def _sizes(self, addresses: pa.Array, sizes: Sequence[str]) -> pa.Array:
         if self._columns[0].size is not None:
             return pa.array([int(size) if size else None for size in sizes], pa.int64())
+        uris = addresses.to_pylist()
         parts = [uris[start : start + _STAT_AT_ONCE] for start in range(0, len(uris), _STAT_AT_ONCE)]
         return pa.array([size for part in in_order(_measure, parts, _STAT_THREADS) for size in part], pa.int64())
 
     def _check(self) -> bool:
         """Whether all labels are integers. Raises InputError for the first wrong line."""
         hashes, integers, labels = array("q"), True, False
-        for shard, columns in zip(self._shards, self._columns, strict=True):
+        for shard, columns in self._files():
             for line, row in self._lines(shard, columns):
                 hashes.append(hash(row.image_id))
                 if row.label:
@@ -109,7 +115,7 @@ class CsvSource(Source):
         if not suspects:
             return
         first: dict[str, str] = {}
-        for shard, columns in zip(self._shards, self._columns, strict=True):
+        for shard, columns in self._files():
             for line, row in self._lines(shard, columns):
                 if hash(row.image_id) in suspects:
                     here = f"{shard.uri}: line {line}"
@@ -120,12 +126,15 @@ class CsvSource(Source):
                     first[row.image_id] = f"{line} of {shard.relative}" if len(self._shards) > 1 else str(line)
 
     def _demand_numbers_in_range(self) -> None:
-        for shard, columns in zip(self._shards, self._columns, strict=True):
+        for shard, columns in self._files():
             for line, row in self._lines(shard, columns):
                 if row.label and not -INT32_MAX <= int(row.label) <= INT32_MAX:
                     raise InputError(f"{shard.uri}: line {line}: {row.label} is no class number")
 
     # --- lines
+
+    def _files(self) -> Iterator[tuple[Shard, _Columns]]:
+        return zip(self._shards, self._columns, strict=True)
 
     def _header(self, shard: Shard) -> _Columns:
         with _reader(shard) as lines:
@@ -170,9 +179,10 @@ class CsvSource(Source):
                 yield line, _Row(*resolve(cells[columns.uri], line), label, size)
 
     def _resolver(self, shard: Shard) -> Callable[[str, int], tuple[str, str]]:
-        """Makes (image id, uri) of an address as it stands in a line of the file."""
+        """Makes image id and uri of an address as it stands in a line of the file."""
         root, folder = self._root, posixpath.dirname(shard.relative)
         base = root.partition("?")[0].rstrip("/") + "/"
+        before = f"{folder}/" if folder else ""
         stores: set[str] = set()
 
         def resolve(address: str, line: int) -> tuple[str, str]:
@@ -185,14 +195,15 @@ class CsvSource(Source):
             elif address.startswith("/"):
                 address = posixpath.normpath(address)
             else:
-                relative = posixpath.normpath(posixpath.join(folder, address))
+                relative = before + address
+                if _UNTIDY.search(relative):
+                    relative = posixpath.normpath(relative)
                 if relative.split("/", 1)[0] != "..":
-                    return relative, storage.join(root, relative)
+                    return relative, ""
                 address = _above(root, relative, f"{shard.uri}: line {line}")
             if not address.startswith(base):
                 return address, address
-            relative = unquote(address[len(base) :]) if storage.is_uri(address) else address[len(base) :]
-            return relative, storage.join(root, relative)
+            return (unquote(address[len(base) :]) if storage.is_uri(address) else address[len(base) :]), ""
 
         return resolve
 
@@ -240,9 +251,7 @@ def _reader(shard: Shard) -> Iterator[Any]:
     lines = None
     try:
         with open_file(shard.uri) as file:
-            text = io.TextIOWrapper(
-                io.BufferedReader(file, _REMOTE_PIECE_BYTES), encoding="utf-8-sig", newline=""
-            )  # fmt: skip
+            text = io.TextIOWrapper(io.BufferedReader(file, _PIECE_BYTES), encoding="utf-8-sig", newline="")
             separator = "\t" if shard.relative.lower().endswith(".tsv") else ","
             lines = csv.reader(text, delimiter=separator, strict=True)
             yield lines
