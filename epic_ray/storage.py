@@ -56,7 +56,7 @@ def join(root: str, *parts: str) -> str:
     """The address of a path below another; signs with a meaning in a URI are escaped, and its `?...` stays last."""
     inner = [part.strip("/") for part in parts if part.strip("/") not in ("", ".")]
     if not is_uri(root):
-        return "/".join([root.rstrip("/"), *inner])
+        return "/".join([root.rstrip("/"), *inner]) or "/"
     base, mark, query = root.partition("?")
     escaped = [part.replace("%", "%25").replace("?", "%3F").replace("#", "%23") for part in inner]
     return "/".join([base.rstrip("/"), *escaped]) + mark + query

@@ -30,6 +30,7 @@ from epic_ray.cli import explain, train
 from epic_ray.cli.app import app
 from epic_ray.config import RunConfig, dump_config
 from epic_ray.run_dir import BASIS, RUN, RunDir
+from epic_ray.storage import join
 
 assert explain, train  # imported for the commands they add
 assert pipeline  # imported here, so that Ray's loggers do not take the stderr of a start for theirs
@@ -242,7 +243,7 @@ class Disturbed:
     def __init__(self, images: Path | str, folder: Path, output: Path | str | None = None, **sections: Any) -> None:
         self.points = Points(folder / "points")
         self.config = fault_settings(images, output or folder / "runs", self.points.folder, **sections)
-        self.run_dir = RunDir(f"{self.config.output.root}/small")
+        self.run_dir = RunDir(join(self.config.output.root, "small"))
         self.run_file = folder / "run.yaml"
         self.run_file.write_text(dump_config(self.config), encoding="utf-8")
         self.begun = time.monotonic()

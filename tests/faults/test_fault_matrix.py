@@ -5,6 +5,7 @@ import shutil
 import signal
 import struct
 import time
+from itertools import product
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -56,8 +57,12 @@ DRIVER_FAULTS: dict[str, tuple[int, bool, int]] = {
 }
 
 
-@pytest.mark.parametrize("where", MOMENTS)
-@pytest.mark.parametrize("fault", DRIVER_FAULTS)
+AMONG_THE_QUICK = {("SIGTERM of the driver", "fit"), ("Ctrl-C", "publish of a unit")}
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"), [pair for pair in product(DRIVER_FAULTS, MOMENTS) if pair not in AMONG_THE_QUICK]
+)
 def test_the_driver_is_ended(run, undisturbed, fault_table, fault, where):
     number, group, expected = DRIVER_FAULTS[fault]
     exit_code, said = strike(run, MOMENTS[where], signalled(number, group))

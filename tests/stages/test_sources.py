@@ -85,6 +85,7 @@ def bytes_held(root: Path, count: int) -> int:
     del images, labels
     before, sizes, most = pa.total_allocated_bytes(), [], 0
     for batch in find_source(only_train(root), "train").batches():
+        assert (batch.column("class_index").to_numpy() == batch.column("row").to_numpy() % 7).all()
         sizes.append(batch.num_rows)
         most = max(most, pa.total_allocated_bytes() - before)
     assert sizes == [BATCH_ROWS] * (count // BATCH_ROWS) + [count % BATCH_ROWS]

@@ -101,13 +101,14 @@ def test_a_header_that_was_changed_is_told(contents, form, data):
         index(bytes(whole))
 
 
-@pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "oldgnu", "posix"])
+@pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "oldgnu", "posix", "gnu --incremental"])
 def test_what_the_tar_command_writes_is_read(tmp_path, form):
     names = ["a/b c#?%.jpg", "日本/写真.png", "x.cls"] + (["l/" * 80 + "x.jpg"] if form != "v7" else [])
     for name in names:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(name.encode())
-    command = ["tar", f"--format={form}", "--sort=name", "-cf", tmp_path / "x.tar", "-C", tmp_path / "in", "."]
+    flags = f"--format={form} --sort=name".split()
+    command = ["tar", *flags, "-cf", tmp_path / "x.tar", "-C", tmp_path / "in", "."]
     if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("needs GNU tar")
     with LocalFile(str(tmp_path / "x.tar")) as file:
