@@ -30,7 +30,7 @@ from epic_ray.stages.image_pass import committed_units, run_pass
 from epic_ray.stages.images import Listing, UnitRange, cut_units
 from epic_ray.stages.loading import ClassNames, load, model_facts
 from epic_ray.stages.maps import map_bytes
-from epic_ray.stages.resources import Resources, likely_device, resolve_resources, start_ray
+from epic_ray.stages.resources import Resources, likely_device, resolve_resources, start_ray, take_threads
 from epic_ray.tables import build_table, read_table, write_table
 
 # --- train
@@ -196,6 +196,7 @@ def _prototypes(run: Run, resources: Resources, passes: list[features.FeaturePas
     job = prototypes.PrototypesJob(
         run.run_dir, run.config, resources, run.classifier.preprocessing, run.classifier.grid, passes
     )
+    take_threads(run.classifier.channel_count)
     rows = prototypes.make_prototypes(job, fit.read_basis(run.run_dir), run.reporter)
     run.count(job.forwarded, job.forwarded)
     return {"rows": rows}

@@ -20,6 +20,8 @@ from epic_ray.logs import quiet_ray
 
 MIB = 1024**2
 _LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
+# below, a matrix product takes less time than its threads wait for one another on a busy machine
+_CHANNELS_WORTH_THREADS = 256
 # reads, decoding and the workers of the fit would wait for one another with fewer
 _LEAST_LOGICAL_CPUS = 4
 
@@ -130,6 +132,14 @@ def take_device(device: str, threads: int) -> Any:
             "or set resources.device=cpu"
         )
     return torch.device(device)
+
+
+def take_threads(channels: int) -> None:
+    """Sets the threads of this process's matrix products, on whose number their last bits depend: always the same, be
+    it the process that has fitted or one that goes on from there."""
+    import torch
+
+    torch.set_num_threads(available_cores() if channels >= _CHANNELS_WORTH_THREADS else 1)
 
 
 def peak_memory_bytes() -> int:

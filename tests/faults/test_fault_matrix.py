@@ -69,7 +69,7 @@ def test_the_driver_is_ended(run, undisturbed, fault_table, fault, where):
     assert exit_code == expected, said
     assert len(said.splitlines()) == (0 if number == signal.SIGKILL else 1), said
     assert not run.run_dir.exists(RUN)
-    assert run.start_here() == Outcome(0, "")
+    assert run.start().end() == 0
     fault_table.judge(fault, where, run, undisturbed)
     least, most = MOMENTS[where].units_redone
     assert least <= run.redone() <= most
@@ -125,7 +125,7 @@ def lose_a_raylet(run: Disturbed, moment: Moment, title: str = "") -> None:
     below = {raylet: descendants(raylet, title) for raylet in raylets[1:]}
     lost = next(raylet for raylet, found in below.items() if (held in found if held else found))
     kill(lost)
-    assert start.end(300) == 0
+    assert start.end() == 0
 
 
 def test_a_raylet_is_lost_in_the_publish_of_a_unit(images, tmp_path, undisturbed, fault_table):

@@ -31,7 +31,7 @@ from epic_ray.run_dir import RUN, attempts_folder, mark_file, round_file
 from epic_ray.storage import join
 
 __all__ = ["fault_table", "gated_s3", "images", "run", "s3", "undisturbed"]
-pytestmark = [pytest.mark.ray, pytest.mark.slow, LINUX]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), LINUX]
 GOES_ON = "what is finished is kept, the same command goes on from there"
 
 
