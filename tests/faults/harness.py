@@ -193,6 +193,11 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
         os.kill(pid, number)
 
 
+def wait_gone(pid: int) -> None:
+    """Waits for the end of a process: those of a killed driver outlive it for a moment, and may finish their unit."""
+    wait_until(lambda: not processes().get(pid, (0, ""))[1])  # a dead one that nobody has asked for has no title
+
+
 def processes() -> dict[int, tuple[int, str]]:
     """Parent and title of every process."""
     found = {}

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness import Disturbed, Start, kill, wait_until
+from harness import Disturbed, Start, kill, wait_gone, wait_until
 
 from epic_ray.run_dir import round_file
 
@@ -47,9 +47,11 @@ def strike(run: Disturbed, moment: Moment, blow: Callable[[Start], None]) -> tup
     """Starts the run and lets `blow` fall on it at a moment; gives how it ended: exit code and stderr."""
     moment.arm(run)
     start = run.start()
-    moment.wait(run, start)
+    held = moment.wait(run, start)
     blow(start)
     exit_code, said = start.end(), start.stderr()
+    if held:
+        wait_gone(held)
     run.points.clear()
     return exit_code, said
 

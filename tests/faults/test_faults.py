@@ -22,6 +22,7 @@ from harness import (
     kill,
     run,
     undisturbed,
+    wait_gone,
     wait_until,
 )
 from moments import MOMENTS, meanwhile, signalled, strike
@@ -103,13 +104,14 @@ def test_of_three_machines_one_is_lost_in_the_middle_of_the_pass(images, tmp_pat
 def test_a_second_start_is_refused_and_a_killed_one_is_succeeded_at_once(run, undisturbed, fault_table):
     MOMENTS["pass"].arm(run)
     first = run.start()
-    MOMENTS["pass"].wait(run, first)
+    held = run.points.wait("forward", first)
     second = run.start_here()
     assert second.exit_code == 2
     assert second.first_line.startswith(f"ConfigError: {run.run_dir}: `train` (process {first.process.pid} on host ")
     assert first.process.poll() is None
     kill(first.process.pid)
     assert first.end() == -signal.SIGKILL
+    wait_gone(held)
     run.points.clear()
     third = run.start()
     assert third.end() == 0
