@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from epic_ray.errors import ConfigError
+from epic_ray.storage import is_uri, last_name
 
 Auto = Literal["auto"]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
@@ -257,7 +258,7 @@ class RunConfig(Section):
         if not (isinstance(root, str) and isinstance(architecture, str)):
             return values  # the missing setting is reported, not the name
         parts = (
-            Path(root).resolve().name or "images",
+            (last_name(root) if is_uri(root) else Path(root).resolve().name) or "images",
             re.split(r"[:.]", architecture)[-1],
             values.get("method", "epic"),
         )

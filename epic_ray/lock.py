@@ -92,6 +92,10 @@ class Lock:
         if self._heart.is_alive():
             self._heart.join(timeout=_SETTLE_SECONDS_STORE)
         self._withdraw()
+        if self._run_dir.is_local:
+            with suppress(OSError):  # a start that was refused leaves no empty folder behind
+                os.rmdir(self._run_dir.path(LOCKS))
+                os.rmdir(self._run_dir.path(""))
 
     # --- this start's own files
 

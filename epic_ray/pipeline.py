@@ -19,11 +19,11 @@ from safetensors.torch import save as save_tensors
 from epic_ray import interrupts
 from epic_ray.config import FITTING_SPLIT, RunConfig, dump_config, fingerprint
 from epic_ray.errors import ConfigError, InputError, ResultError
-from epic_ray.lock import hold
+from epic_ray.lock import Lock, hold
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
 from epic_ray.record import basis_card, basis_notes, make_record
-from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config
+from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config, run_folder
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
 from epic_ray.stages import explanations, features, fit, prototypes
 from epic_ray.stages.image_pass import committed_units, run_pass
@@ -36,15 +36,21 @@ from epic_ray.tables import build_table, read_table, write_table
 # --- train
 
 
-def train(config: RunConfig, reporter: Reporter, force: bool = False, local: bool = True) -> dict[str, Any]:
-    """Fits U and writes the run folder; gives what `run.json` says. A finished stage is reused."""
+def train(
+    config: RunConfig, reporter: Reporter, force: bool = False, local: bool = True, retry_failed: bool = False
+) -> dict[str, Any]:
+    """Fits U and writes the run folder; gives what `run.json` says. A finished stage is reused.
+
+    retry_failed: units with failed images are done again, and what depends on them.
+    """
     start = time.monotonic()
-    run = open_run(config, reporter, force)
-    with _held(run, "train"):
-        return _train(run, local, start)
+    with _held(run_folder(config), "train", reporter) as lock:
+        run = open_run(config, reporter, force)
+        run.lock = lock
+        return _train(run, local, start, retry_failed)
 
 
-def _train(run: Run, local: bool, start: float) -> dict[str, Any]:
+def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str, Any]:
     settings = dump_config(run.config).encode()
     if not run.run_dir.exists(CONFIG):
         run.run_dir.publish_bytes(CONFIG, settings)  # a place that cannot be written is told before anything starts
@@ -59,8 +65,10 @@ def _train(run: Run, local: bool, start: float) -> dict[str, Any]:
     # maps that were deleted to save space are made again only for a stage that reads them
     maps_wanted = run.maps_kept and not all(run.reusable(name, made_from[name]) for name in ("fit", "prototypes"))
     units_from = run.unit_fingerprint(resources.device)
-    marks = {
-        "images": run.stage("images", made_from["images"], lambda: _images(run)),
+    marks = {"images": run.stage("images", made_from["images"], lambda: _images(run))}
+    if retry_failed:
+        _forget_failed(run, units_from)
+    marks |= {
         "features": run.stage(
             "features",
             made_from["features"],
@@ -92,18 +100,20 @@ def _train(run: Run, local: bool, start: float) -> dict[str, Any]:
         time.monotonic() - start,
     )
     interrupts.check()
+    if run.lock:
+        run.lock.demand()
     run.run_dir.remove_temporaries()  # of processes that were lost on the way
     run.run_dir.publish_json(RUN, record)
     return record
 
 
 @contextmanager
-def _held(run: Run, what: str) -> Iterator[None]:
-    """The run folder, for this start alone."""
-    with hold(run.run_dir, what) as run.lock:
-        for sentence in run.lock.freed:
-            run.reporter.say(sentence)
-        yield
+def _held(run_dir: RunDir, what: str, reporter: Reporter) -> Iterator[Lock]:
+    """The run folder, for this start alone, from before anything of it is read."""
+    with hold(run_dir, what) as lock:
+        for sentence in lock.freed:
+            reporter.say(sentence)
+        yield lock
 
 
 def _describe(run: Run) -> str:
@@ -140,6 +150,12 @@ def _units_to_do(run: Run, made_from: str, maps_wanted: bool) -> list[UnitRange]
     ]
 
 
+def _units_done(run: Run, made_from: str) -> tuple[int, int]:
+    """How many units of the pass have their features, and how many there are."""
+    done = [features.count_done(run.run_dir, images, made_from) for images in run.images.values()]
+    return sum(done), sum(len(images.unit_digests) for images in run.images.values())
+
+
 def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
     arguments = {
         "run_dir": run.run_dir,
@@ -147,6 +163,9 @@ def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
         "resources": resources,
         "keep_maps": run.maps_kept,
     }
+    done, units = _units_done(run, made_from)
+    if done:
+        run.reporter.say(f"features: {done} of {units} units are there already")
     totals = run_pass(
         "features",
         features.FeatureActor,
@@ -170,6 +189,16 @@ def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
         "actors": len(totals.actors),
         "peak_memory_bytes": totals.peak_memory_bytes,
     }
+
+
+def _forget_failed(run: Run, made_from: str) -> None:
+    """Makes the units with failed images, and what was made from them, undone."""
+    forgotten = sum(features.forget_failed(run.run_dir, images, made_from) for images in run.images.values())
+    run.reporter.say(f"features: {forgotten} unit(s) with failed images are done again")
+    if forgotten:
+        for name in ("features", "fit", "prototypes"):
+            run.run_dir.drop_mark(name)
+        run.run_dir.delete(run.run_dir.list("fit"))
 
 
 def _fit(run: Run, resources: Resources, passed: features.FeaturePass, made_from: str) -> dict[str, Any]:
@@ -220,10 +249,13 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
         "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds + chosen * map_bytes(run.classifier),
         "prototypes": 100 * channels * 4 * run.config.prototypes.per_channel,
     }
-    stages = []
-    for name, made_from in run.fingerprints(likely_device(config.resources)).items():
+    device = likely_device(config.resources)
+    stages: list[dict[str, Any]] = []
+    for name, made_from in run.fingerprints(device).items():
         reused = run.reusable(name, made_from) is not None
         stages.append({"stage": name, "reused": reused, "rough_bytes": size[name]})
+    done, units = _units_done(run, run.unit_fingerprint(device))
+    stages[1] |= {"reused": stages[1]["reused"] and done == units, "units": units, "units_done": done}
     return {
         "run": str(run.run_dir),
         "model": _describe(run),
@@ -273,8 +305,17 @@ def explain(
     config = run.config
     if split not in config.data.splits:
         raise ConfigError(f"split `{split}`: the run has {', '.join(config.data.splits)}; add it to data.splits")
-    with _held(run, "explain"):
+    with finished(run, record):
         return _explain(run, record, split, limit, local)
+
+
+@contextmanager
+def finished(run: Run, record: dict[str, Any]) -> Iterator[None]:
+    """A finished run, for this start alone. Raises ResultError where it is no longer the one that was opened."""
+    with _held(run.run_dir, "explain", run.reporter) as run.lock:
+        if not run.run_dir.exists(RUN) or run.run_dir.read_json(RUN)["fingerprints"] != record["fingerprints"]:
+            raise ResultError(f"{run.run_dir}: was trained anew since it was opened; run the command again")
+        yield
 
 
 def _explain(run: Run, record: dict[str, Any], split: str, limit: int | None, local: bool) -> ExplainResult:

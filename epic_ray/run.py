@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from epic_ray import interrupts
-from epic_ray.config import RunConfig, build_config, differences, fingerprint
+from epic_ray.config import FITTING_SPLIT, RunConfig, build_config, differences, fingerprint
 from epic_ray.errors import ConfigError, ResultError
 from epic_ray.lock import Lock
 from epic_ray.logs import Reporter
@@ -17,7 +17,7 @@ from epic_ray.run_dir import CONFIG, PICTURES, RUN, RunDir
 from epic_ray.stages.images import Listing, SplitImages
 from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
 from epic_ray.stages.maps import keep_all_maps
-from epic_ray.storage import join
+from epic_ray.storage import join, resolve_root
 
 TRAIN_STAGES = ("images", "features", "fit", "prototypes")
 
@@ -53,12 +53,15 @@ class Run:
 
     def fingerprints(self, device: str) -> dict[str, str]:
         """What each stage is made from, computed on `device`; a stage's own contains those it builds on."""
-        config = self.config
+        config, units_from = self.config, self.unit_fingerprint(device)
         listed = fingerprint("images", config.data.root, {split: found.digest for split, found in self.images.items()})
         named = fingerprint(listed, self.classes.names, self.classes.folders)
-        passed = fingerprint(listed, self.unit_fingerprint(device))
-        fitted = fingerprint(passed, config.fit.model_dump(exclude={"workers"}))
-        final = fingerprint(fitted, config.prototypes.model_dump(), config.held_out_split)
+        passed = fingerprint(listed, units_from)
+        own = {split: fingerprint(units_from, images.digest) for split, images in self.images.items()}
+        # the maps of a pass and those made later come from other batches: equal, but for the last bits at times
+        fitted = fingerprint(own[FITTING_SPLIT], self.maps_kept, config.fit.model_dump(exclude={"workers"}))
+        held_out = config.held_out_split
+        final = fingerprint(fitted, config.prototypes.model_dump(), held_out, own[held_out] if held_out else None)
         return {"images": named, "features": passed, "fit": fitted, "prototypes": final}
 
     def unit_fingerprint(self, device: str) -> str:
@@ -69,7 +72,6 @@ class Run:
             config.data.root,
             model_facts(config.model, self.classifier),
             config.features.model_dump(include={"dtype", "unit_size"}),
-            self.maps_kept,
             (device, resources.model_dump(include={"batch_size", "precision", "threads_per_actor"})),
         )
 
@@ -91,15 +93,19 @@ class Run:
             return mark
         self.run_dir.drop_mark(name)
         if name in TRAIN_STAGES:
-            self._drop_what_follows()
+            self._drop_what_follows(name)
         start = time.monotonic()
         facts = work()
+        if self.lock:
+            self.lock.demand()
         return self.run_dir.write_mark(name, made_from, time.monotonic() - start, **facts)
 
-    def _drop_what_follows(self) -> None:
+    def _drop_what_follows(self, name: str) -> None:
         """The folder is unfinished until a new record stands, and explanations by another U would mislead beside it."""
         if self.run_dir.exists(RUN):
             self.run_dir.delete([RUN])
+        if name != "fit":
+            return
         old = self.run_dir.list("tables/explanations") + self.run_dir.list(PICTURES)
         if old:
             self.reporter.say(f"explanations: {len(old)} file(s) of the run as it was are removed; explain it again")
@@ -113,10 +119,15 @@ class Run:
         self.counts["forwarded"] += forwarded
 
 
+def run_folder(config: RunConfig) -> RunDir:
+    """Where the run of these settings lies."""
+    return RunDir(join(resolve_root(config.output.root), config.name))
+
+
 def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
     """Loads the classifier and lists the images; writes nothing. Raises what stands against the run."""
     config = resolve_paths(config)
-    run_dir = RunDir(join(config.output.root, config.name))
+    run_dir = run_folder(config)
     _demand_same_settings(config, run_dir, force)
     return prepare(config, run_dir, reporter)
 

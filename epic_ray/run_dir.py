@@ -7,6 +7,7 @@ store: one put, which is whole or absent); a stage's mark is published last. Not
 import errno
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -44,6 +45,12 @@ def table_file(table: str, split: str | None = None) -> str:
 
 def unit_file(table: str, split: str, unit: int) -> str:
     return f"tables/{table}/{split}/unit-{unit:06d}.parquet"
+
+
+def unit_number(relative: str) -> int | None:
+    """The number of the unit that a file belongs to; None for a file that is no unit's."""
+    found = re.search(r"/unit-(\d{6,})\.(?:parquet|arrow)$", relative)
+    return int(found[1]) if found else None
 
 
 def map_folder(split: str) -> str:

@@ -43,7 +43,8 @@ def resolve_root(root: str) -> str:
         root = unquote(urlparse(root).path)
     if not is_uri(root):
         return str(Path(root).expanduser().absolute())
-    if "@" in urlparse(root).netloc:
+    parts = urlparse(root)
+    if parts.password is not None or (parts.scheme == "s3" and "@" in parts.netloc):
         shown = root.replace(urlparse(root).netloc.rsplit("@", 1)[0], "...")
         raise ConfigError(
             f"{shown}: holds credentials, and addresses are written into the run; give them in the environment "

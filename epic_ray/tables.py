@@ -169,7 +169,7 @@ TABLES = {
                 Column("steps", pa.int32(), "updates of U in the round"),
                 Column("loss", pa.float64(), "mean loss over the round's last epoch (adam)", nullable=True),
                 Column("images", pa.int64(), "distinct images among the round's prototypes"),
-                Column("new_images", pa.int64(), "of these, images that had to be forwarded for their map"),
+                Column("new_images", pa.int64(), "of these, images that no earlier round had chosen"),
                 Column("orthogonality_error", pa.float64(), "largest |entry| of U·Uᵀ - I after the round"),
             ),
         ),

@@ -233,7 +233,7 @@ def test_a_folder_that_matches_no_class_ends_with_3_naming_it(run_file, patches)
     classes = {"classes": ["rot", "green", "blue"]}
     fails(
         3,
-        f"InputError: {patches}/train: folder `red` matches no class of the head (3 classes, ",
+        f"InputError: {patches}/train: class `red` matches no class of the head (3 classes, ",
         "train",
         run_file(model=classes),
     )
@@ -243,7 +243,7 @@ def test_an_output_that_cannot_be_written_ends_with_3(run_file, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     told = fails(
         3,
-        f"InputError: {tmp_path}/file/runs/small/config.yaml: cannot be written",
+        f"InputError: {tmp_path}/file/runs/small/locks/",
         "train",
         run_file(),
         "--set",

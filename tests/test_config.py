@@ -44,7 +44,8 @@ def test_all_wrong_settings_are_told_at_once_with_path_and_nearest_key():
         "  model.architectur: unknown setting; did you mean `architecture`?",
         "  model.class_count: input should be greater than or equal to 1, not 0",
         "  fit.sed: unknown setting; did you mean `seed`?",
-        "  fit.workers: input should be 'auto', or input should be a valid integer, not 'many'",
+        "  fit.workers: input should be 'auto', or input should be a valid integer, or input should be a valid list, "
+        "not 'many'",
         "  fit.prototypes_per_channel.round: unknown setting; did you mean `rounds`?",
         "  fit.prototypes_per_channel.end: input should be a valid integer, not 'few'",
         "  data.max_failed_fraction: input should be less than or equal to 1, not 2",

@@ -49,6 +49,9 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                     print(f"{type(error).__name__}: {error}", file=sys.stderr)
                     check()  # what fails after an interrupt that was lost on its way, fails of it
                     raise typer.Exit(error.exit_code) from None
+                except Exception:
+                    check()
+                    raise
         except KeyboardInterrupt as interrupt:
             message, exit_code = ending(interrupt)
             print(message, file=sys.stderr)

@@ -50,7 +50,8 @@ def demo(
     reporter.say("4/4  every held-out digit is explained by its strongest channels; twenty are drawn")
     run, _ = pipeline.open_finished(RunDir(f"{out}/epic"), reporter)
     result = pipeline.explain(run, record, "val")
-    files = draw_split(run, "val", 20, 5, reporter)
+    with pipeline.finished(run, record):
+        files = draw_split(run, "val", 20, 5, reporter)
     print(summary(record, f"{out}/epic"))
     print(
         f"\n{result.images} digits explained, {len(files)} drawn; the whole demo took {time.monotonic() - start:.0f} s."

@@ -24,7 +24,7 @@ def explain(
     prototypes: Annotated[int | None, typer.Option(min=0, help="Prototypes drawn beside a channel.")] = None,
     pictures: Annotated[int | None, typer.Option(min=0, help="Images drawn.")] = None,
     rank_by: Annotated[str | None, typer.Option(help="share (exact) or score (the paper's).")] = None,
-    root: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    root: Annotated[str, typer.Option(help="Folder or address of the runs.")] = "runs",
     out: Annotated[Path, typer.Option(help="Folder for pictures of single images.")] = Path(),
     as_json: Json = False,
     quiet: Quiet = False,
@@ -38,13 +38,14 @@ def explain(
     if files and (split or limit):
         raise ConfigError("--split and --limit go with a run, not with image files")
     reporter = make_reporter(quiet)
-    run, record = pipeline.open_finished(find_run(run_name, str(root)), reporter)
+    run, record = pipeline.open_finished(find_run(run_name, root), reporter)
     run.config = _with_options(run.config, channels, prototypes, pictures, rank_by)
     if files:
         _explain_files(run, files, out, as_json)
         return
     result = pipeline.explain(run, record, split or "val", limit)
-    drawn = _draw(run, result.split, reporter)
+    with pipeline.finished(run, record):
+        drawn = _draw(run, result.split, reporter)
     facts = vars(result) | {"table": run.run_dir.show(f"tables/explanations/{result.split}"), "pictures": drawn}
     print_json(facts) if as_json else _print_split(run, facts)
 

@@ -97,7 +97,8 @@ def plan(run_file: RunFile = None, settings: Settings = None, force: Force = Fal
     print(f"{planned['run']}\n  {planned['model']}")
     for stage in planned["stages"]:
         todo = "reused" if stage["reused"] else "to do"
-        print(f"  {stage['stage']:<12} {todo:<8} about {show_bytes(stage['rough_bytes'])}")
+        there = f"; {stage['units_done']} of {stage['units']} units are there" if stage.get("units_done") else ""
+        print(f"  {stage['stage']:<12} {todo:<8} about {show_bytes(stage['rough_bytes'])}{there}")
 
 
 @app.command(epilog="epic-ray train run.yaml  ·  epic-ray train --set model.architecture=resnet18 --set data.root=DIR")
@@ -106,11 +107,12 @@ def train(
     run_file: RunFile = None,
     settings: Settings = None,
     force: Force = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Read failed images again.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit the basis on this machine: one pass over the images, the fit, prototypes and purity."""
-    run_here(run_file, settings, force, as_json, quiet)
+    run_here(run_file, settings, force, as_json, quiet, retry_failed)
 
 
 @submit.command("train", epilog="epic-ray submit train  ·  epic-ray submit train run.yaml --set fit.workers=2")
@@ -129,18 +131,26 @@ def submit_train(
     run_here(run_file, settings, force, as_json, quiet)
 
 
-def run_here(run_file: Path | None, settings: list[str] | None, force: bool, as_json: bool, quiet: bool) -> None:
+def run_here(
+    run_file: Path | None,
+    settings: list[str] | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    retry_failed: bool = False,
+) -> None:
     """`train` on this machine, with its closing summary."""
     config = read_run_file(run_file, settings)  # before torch is imported: wrong settings are told at once
 
     from epic_ray import pipeline
     from epic_ray.logs import make_reporter
+    from epic_ray.storage import join
 
-    record = pipeline.train(config, make_reporter(quiet), force)
+    record = pipeline.train(config, make_reporter(quiet), force, retry_failed=retry_failed)
     if as_json:
         print_json(record)
     else:
-        print(summary(record, f"{config.output.root}/{config.name}"))
+        print(summary(record, join(config.output.root, config.name)))
 
 
 def read_run_file(run_file: Path | None, settings: list[str] | None) -> Any:
@@ -156,6 +166,8 @@ def read_run_file(run_file: Path | None, settings: list[str] | None) -> Any:
 
 def summary(record: dict[str, Any], where: str) -> str:
     """What a person wants to know of a finished run."""
+    from epic_ray.storage import join
+
     lines = [f"{record['name']}: done in {record['seconds']['this_start']:.0f} s"]
     for split, top1 in record["top1"].items():
         if top1 is not None:
@@ -178,7 +190,7 @@ def summary(record: dict[str, Any], where: str) -> str:
     )
     peak = max(record["peak_memory_bytes"].values())
     lines.append(f"  peak memory        {show_bytes(peak)} (largest process)")
-    lines.append(f"  tables             {where}/tables")
+    lines.append(f"  tables             {join(where, 'tables')}")
     lines.append(f"  next               epic-ray explain {where} --split {list(record['top1'])[-1]}")
     return "\n".join(lines)
 

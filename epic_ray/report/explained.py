@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from epic_ray.config import FITTING_SPLIT
-from epic_ray.errors import InputError, ResultError
+from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import absorb
 from epic_ray.method.explanation import Explained, explain_maps
@@ -29,6 +29,7 @@ from epic_ray.stages.images import Address, find_images
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.reading import UnreadableError
 from epic_ray.stages.resources import likely_device, take_device
+from epic_ray.storage import StorageAway
 from epic_ray.tables import read_table, to_numpy
 
 _CACHED_IMAGES = 48  # originals in full size: a large photo takes 70 MB
@@ -65,7 +66,7 @@ class Illustrator:
         """One image, explained here and now. Raises InputError for an image that cannot be read."""
         try:
             seen = self._see(address)
-        except (ImageError, OSError) as error:
+        except (ImageError, UnreadableError) as error:
             raise InputError(f"{address.uri}: {error}; give a whole image file") from None
         with torch.inference_mode():
             bias = self._classifier.bias
@@ -81,7 +82,10 @@ class Illustrator:
 
     def compose(self, image_id: str, address: Address, rows: list[dict[str, Any]]) -> ExplanationPicture:
         """What that picture shows: numbers from the rows, images from the files that the rows name."""
-        first, seen = rows[0], self._see(address)
+        try:
+            first, seen = rows[0], self._see(address)
+        except (ImageError, UnreadableError) as error:
+            raise InputError(f"{address.uri}: {error}; was it changed? explain the split again") from None
         names = self._run.classes.names
         bias = float(self._classifier.bias[first["predicted"]])
         shares = self._weight[first["predicted"]] * (self._basis @ seen.maps[0].mean(dim=(1, 2)))
@@ -128,7 +132,10 @@ class Illustrator:
         return Tile(seen.image, heat.cpu().numpy(), grid_box, box, caption if box else f"{caption} (peak in padding)")
 
     def _look(self, address: Address) -> Seen:
-        image = decode_image(address.read())
+        try:
+            image = decode_image(address.read())
+        except StorageAway as error:
+            raise RunFailed(f"{address.uri}: {error}") from error
         pixels = torch.from_numpy(self._classifier.preprocessing.apply(image)[None])
         with torch.inference_mode():
             maps, logits = self._classifier(self._classifier.normalise(pixels.to(self._device)))

@@ -31,14 +31,15 @@ class Attempts:
         """
         files = self._run_dir.list(attempts_folder(self._stage, split, unit))
         earlier = [file.rsplit("/", 1)[-1].split("-") for file in files]
-        starts = Counter(start for name, start, _ in earlier if name == step)
+        starts = Counter(parts[1] for parts in earlier if len(parts) == 3 and parts[0] == step)
         if starts[self._start] >= MOST_ATTEMPTS:
             raise RunFailed(
                 f"{self._stage}: unit {unit} of {split} was begun {starts[self._start]} times, and its process died "
                 f"each time ({step}); {_ADVICE[step]}"
             )
         number = sum(starts.values())
-        self._run_dir.publish_bytes(attempt_file(self._stage, split, unit, f"{step}-{self._start}-{number}"), b"")
+        file = attempt_file(self._stage, split, unit, f"{step}-{self._start}-{number}")
+        self._run_dir.publish(file, lambda stream: None, durable=False)
         return number
 
     def clear(self, step: str) -> int:

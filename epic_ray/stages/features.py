@@ -15,7 +15,7 @@ from epic_ray.config import FITTING_SPLIT, ModelConfig, fingerprint
 from epic_ray.errors import InputError, ResultError
 from epic_ray.run_dir import RunDir, table_folder, unit_file, unit_map_file
 from epic_ray.stages.attempts import Attempts
-from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units
+from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units, find_units
 from epic_ray.stages.images import SplitImages, UnitRange, cut_units
 from epic_ray.stages.maps import cells_last, committed_map_units, write_maps
 from epic_ray.stages.resources import Resources
@@ -212,6 +212,20 @@ def units_to_do(run_dir: RunDir, images: SplitImages, made_from: str, maps_wante
         if not facts.readable or (number in featured and (number in mapped or not maps_wanted))
     }
     return [unit for unit in units if unit.number not in done]
+
+
+def count_done(run_dir: RunDir, images: SplitImages, made_from: str) -> int:
+    """How many units of a split are committed; nothing is removed."""
+    units = cut_units(images, made_from)
+    return len(find_units(run_dir, "images", units)[0].keys() & find_units(run_dir, "features", units)[0].keys())
+
+
+def forget_failed(run_dir: RunDir, images: SplitImages, made_from: str) -> int:
+    """Takes the commit of units with failed images back; gives how many there were."""
+    committed = find_units(run_dir, "images", cut_units(images, made_from))[0]
+    failed = [number for number, facts in committed.items() if facts.failed]
+    run_dir.delete([unit_file("images", images.split, number) for number in failed])
+    return len(failed)
 
 
 def finished_pass(run_dir: RunDir, images: SplitImages, made_from: str) -> FeaturePass:

@@ -82,7 +82,7 @@ def fit_basis(job: FitJob, reporter: Reporter) -> FitResult:
     rounds = job.config.fit.prototypes_per_channel.rounds
     with _progress(job, rounds, reporter):
         restarts = _run_rounds(job, rounds, reporter)
-    last = read_round(job.run_dir, rounds)
+    last = read_own_round(job, rounds)
     return FitResult(
         last["basis"], last["history"], last["decoded"], last["forwarded"], last["peak_memory_bytes"], restarts
     )
@@ -97,6 +97,11 @@ def _run_rounds(job: FitJob, rounds: int, reporter: Reporter) -> int:
             job.run_dir.delete_folder(_RAY_TRAIN_FOLDER)
             on_gpu = job.resources.device == "cuda"
             run_group(_work, {"job": job}, workers, on_gpu, "fit", job.run_dir.show(_RAY_TRAIN_FOLDER))
+            if finished_rounds(job.run_dir) < rounds:
+                raise RunFailed(
+                    f"fit: its workers ended, but round {rounds} is not in {job.run_dir.show('fit')}; "
+                    "is it a folder that all machines share?"
+                )
         except WorkerLost as loss:
             done = finished_rounds(job.run_dir)
             # only losses without a finished round between them add up: a long fit on spot machines sees many
@@ -200,6 +205,15 @@ def read_round(run_dir: RunDir, number: int) -> dict[str, Any]:
         raise ResultError(f"{where}: is no whole round of a fit ({error}); remove it and run again") from None
 
 
+def read_own_round(job: FitJob, number: int) -> dict[str, Any]:
+    """A round of this very fit. Raises RunFailed for one that a start with other settings has left meanwhile."""
+    content = read_round(job.run_dir, number)
+    if content["fingerprint"] != job.fingerprint:
+        where = job.run_dir.show(round_file(number))
+        raise RunFailed(f"{where}: is of another fit, which still wrote when this one began; start again")
+    return content
+
+
 def drop_foreign_rounds(run_dir: RunDir, fingerprint: str) -> None:
     """Removes the rounds of another fit (other features or settings)."""
     number = finished_rounds(run_dir)
@@ -207,7 +221,9 @@ def drop_foreign_rounds(run_dir: RunDir, fingerprint: str) -> None:
         run_dir.delete(run_dir.list("fit"))
 
 
-def _write_round(job: FitJob, state: FitState, history: list[dict[str, Any]], counts: dict[str, int]) -> None:
+def _write_round(
+    job: FitJob, state: FitState, history: list[dict[str, Any]], seen: np.ndarray, counts: dict[str, int]
+) -> None:
     content = {
         "fingerprint": job.fingerprint,
         "round": state.round,
@@ -216,6 +232,7 @@ def _write_round(job: FitJob, state: FitState, history: list[dict[str, Any]], co
         "parameter": None if state.parameter is None else state.parameter.cpu(),
         "optimizer": state.optimizer,
         "history": history,
+        "seen": torch.from_numpy(seen),
         **counts,
     }
     buffer = io.BytesIO()
@@ -259,6 +276,7 @@ class _Worker:
         if self.source.channel_count >= _CHANNELS_WORTH_THREADS:
             torch.set_num_threads(max(1, available_cores() // self.reducer.world))
         self.history: list[dict[str, Any]] = []
+        self.seen = np.empty(0, np.int64)  # images that some round has chosen
 
     def run(self) -> None:
         state = self._resume() or FitState.begin(self._start())
@@ -301,8 +319,9 @@ class _Worker:
         number = finished_rounds(self.job.run_dir)
         if not number:
             return None
-        content = read_round(self.job.run_dir, number)
+        content = read_own_round(self.job, number)
         self.history = content["history"]
+        self.seen = content["seen"].numpy()
         self.source.counts_before = {key: content[key] for key in ("decoded", "forwarded")}
         parameter = content["parameter"]
         return FitState(
@@ -320,13 +339,14 @@ class _Worker:
         self.history.append(
             {
                 "round": record.round + 1,
-                "new_images": counts["forwarded"] - sum(row["new_images"] for row in self.history),
+                "new_images": len(np.setdiff1d(self.source.chosen, self.seen)),
                 "orthogonality_error": orthogonality_error(state.basis),
             }
             | {key: value for key, value in facts.items() if key != "round"}
         )
+        self.seen = np.union1d(self.seen, self.source.chosen)
         if self.reducer.rank == 0:
-            _write_round(self.job, state, self.history, counts)
+            _write_round(self.job, state, self.history, self.seen, counts)
         if dist.is_initialized():
             dist.barrier()
 
@@ -351,6 +371,7 @@ class StoredMaps:
         self._store = MapStore(job.run_dir, FITTING_SPLIT, job.passed.made_from())
         self._gatherer: MapGatherer | None = None
         self.counts_before = {"decoded": 0, "forwarded": 0}
+        self.chosen = np.empty(0, np.int64)
         self.channel_count = next(pooled_blocks(job.run_dir, files[:1]))[1].shape[1]
 
     def own_pooled(self) -> Iterable[torch.Tensor]:
@@ -361,6 +382,7 @@ class StoredMaps:
         best = search_files(self._job.run_dir, self._files, basis, n)
         for other in self._gather(best):
             best = best.merge(other)
+        self.chosen = best.indices[best.indices >= 0].unique().cpu().numpy()
         self._ensure(best)
         return best
 

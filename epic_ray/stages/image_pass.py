@@ -28,7 +28,7 @@ from epic_ray.errors import EpicError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.method.preprocessing import Preprocessing
-from epic_ray.run_dir import RunDir, table_folder
+from epic_ray.run_dir import RunDir, table_folder, unit_number
 from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.decoding import CarefulNeeded, Decoded, decode_carefully, decode_plainly
 from epic_ray.stages.images import UnitRange, image_column, read_unit
@@ -41,8 +41,9 @@ FINGERPRINT_KEY = "epic_ray.fingerprint"
 _FACTS_KEY = "epic_ray.unit"
 _IMAGE_COLUMN = "image"
 _STORE_READERS = 16
-# Ray replaces what it loses by itself; what it gives up on is begun anew, from what is committed, so many times
-_EXECUTIONS = 4
+# Ray replaces what it loses by itself; what it gives up on is begun anew from what is committed, so many times without
+# a further unit in between
+_MOST_IN_VAIN = 3
 
 
 @dataclass
@@ -89,22 +90,28 @@ class UnitFacts:
 
 
 def committed_units(run_dir: RunDir, table: str, units: Iterable[UnitRange]) -> dict[int, UnitFacts]:
-    """Those of a split's units that have a whole file of their own make, by number, with their facts.
+    """What `find_units` finds; files of another make are removed."""
+    committed, stale = find_units(run_dir, table, units)
+    run_dir.delete(stale)
+    return committed
 
-    Files of another make are removed.
-    """
+
+def find_units(run_dir: RunDir, table: str, units: Iterable[UnitRange]) -> tuple[dict[int, UnitFacts], list[str]]:
+    """Those of a split's units that have a whole file of their own make, by number, with their facts; and the files
+    of another make."""
     expected = {unit.number: unit for unit in units}
     split = next(iter(expected.values())).split
     files = run_dir.list(table_folder(table, split))
     committed, stale = {}, []
     for relative, about in zip(files, _metadata_of(run_dir, files), strict=True):
-        number = int(relative.rsplit("-", 1)[1].removesuffix(".parquet"))
+        number = unit_number(relative)
+        if number is None:
+            continue  # none of ours
         if number in expected and about.get(FINGERPRINT_KEY) == expected[number].made_from:
             committed[number] = UnitFacts(**json.loads(about[_FACTS_KEY]))
         else:
             stale.append(relative)
-    run_dir.delete(stale)
-    return committed
+    return committed, stale
 
 
 def _metadata_of(run_dir: RunDir, files: list[str]) -> list[dict[str, str]]:
@@ -311,7 +318,9 @@ def run_pass(
     decode = DecodeUnit(stage, run_dir, attempts, preprocessing)
     arguments = {**arguments, "attempts": attempts}
     with reporter.stage(stage, sum(unit.count for unit in units), "images") as meter:
-        for execution in range(1, _EXECUTIONS + 1):
+        in_vain = 0
+        while units:
+            before, fault = len(units), None
             try:
                 with closing(_execute(stage, actor, arguments, decode, units, resources)) as summaries:
                     for summary in summaries:
@@ -319,15 +328,20 @@ def run_pass(
                         meter.advance(summary["images"], f"{totals.failed} failed" if totals.failed else "")
             except (ray.exceptions.RayError, RuntimeError) as error:
                 fault = first_cause(error, stage)
-                if not isinstance(fault, RunFailed) or execution == _EXECUTIONS:
+                if not isinstance(fault, RunFailed):
                     raise fault from error
-                reporter.say(f"{fault}; going on with what is not committed (restart {execution})")
             interrupts.check()
             units = units_to_do()
-            if not units:
-                break
-    if units:
-        raise RunFailed(f"{stage}: {len(units)} unit(s) are not committed although the pass ended; start again")
+            if fault is None and units:
+                raise RunFailed(
+                    f"{stage}: {len(units)} unit(s) are not committed although the pass ended; "
+                    f"is {run_dir} a folder that all machines share?"
+                )
+            in_vain = in_vain + 1 if len(units) == before else 1
+            if fault and in_vain >= _MOST_IN_VAIN:
+                raise fault
+            if fault:
+                reporter.say(f"{fault}; going on with the {len(units)} unit(s) that are not committed")
     totals.units_redone = attempts.clear("forward")
     return totals
 

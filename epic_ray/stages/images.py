@@ -4,6 +4,7 @@ A split may have millions of images, so the driver holds none of their rows: a l
 local file, from there (with labels) into the run's manifest; digests of the units are all that stays in memory.
 """
 
+import errno
 import hashlib
 import json
 import tempfile
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from epic_ray.config import DataConfig, fingerprint
-from epic_ray.errors import InputError, ResultError
+from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir, table_file
 from epic_ray.stages.loading import ClassNames
@@ -29,7 +30,7 @@ from epic_ray.tables import TABLES, build_table, read_batches, read_metadata, ta
 _ABOUT_KEY = "epic_ray.listing"
 _WHOLE = 65_536  # rows of a digest of the whole listing, which does not depend on the size of units
 # what of a row another listing may differ in; the uri follows from the id and the data set's root
-_IDENTITY = ("image_id", "label", "size_bytes", "byte_offset", "row")
+_IDENTITY = ("position", "image_id", "label", "size_bytes", "byte_offset", "row")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Listing:
         return about.images(split, "selection")
 
     def _digested(self, about: _About, split: str, rows: Iterable[pa.Table], unit_size: int) -> _About:
-        stamps = self._sources[split].stamps
+        source = self._sources[split]
+        stamps = {uri: f"{stamp} {source.image_column}" for uri, stamp in source.stamps.items()}
         whole, units = _Digests(_WHOLE, stamps), _Digests(unit_size, stamps)
         for table in rows:
             whole.add(table)
@@ -203,6 +205,10 @@ class Listing:
                     writer.write_batch(batch)
                     count += batch.num_rows
                     meter.advance(batch.num_rows)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunFailed(f"{self._folder.name}: no space for the listing ({error}); set TMPDIR to another") from None
         finally:
             if writer:
                 writer.close()

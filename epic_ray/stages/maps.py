@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from epic_ray.errors import InputError, ResultError
+from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.method.preprocessing import ImageError, decode_image
-from epic_ray.run_dir import CHOSEN_MAPS, UNIT_MAPS, RunDir, chosen_map_file, map_folder
+from epic_ray.run_dir import CHOSEN_MAPS, UNIT_MAPS, RunDir, chosen_map_file, map_folder, unit_number
 from epic_ray.stages.decoding import decode_carefully
 from epic_ray.stages.images import image_column, read_positions
 from epic_ray.stages.reading import ImageReader, UnreadableError
@@ -61,11 +62,11 @@ def committed_map_units(run_dir: RunDir, split: str, units: Mapping[int, str], f
     for file in run_dir.list(map_folder(split)):
         name, made_from = file.rsplit("/", 1)[-1], _made_from(run_dir, file)
         if name.startswith(UNIT_MAPS):
-            number = int(name[len(UNIT_MAPS) : -len(".arrow")])
-            if made_from and made_from == units.get(number):
-                committed.add(number)
+            number = unit_number(file)
+            if number is None or (made_from and made_from == units.get(number)):
+                committed |= set() if number is None else {number}
                 continue
-        elif made_from == fingerprint:
+        elif not name.startswith(CHOSEN_MAPS) or made_from == fingerprint:
             continue
         stale.append(file)
     run_dir.delete(stale)
@@ -77,19 +78,25 @@ def count_chosen_maps(run_dir: RunDir, split: str) -> int:
     count = 0
     for file in run_dir.list(map_folder(split)):
         if file.rsplit("/", 1)[-1].startswith(CHOSEN_MAPS):
-            with run_dir.open(file) as source:
-                reader = pa.ipc.open_file(source)
-                count += sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+            count += run_dir.ask(file, partial(_rows_of, run_dir, file))
     return count
 
 
+def _rows_of(run_dir: RunDir, relative: str) -> int:
+    with run_dir.open(relative) as source:
+        reader = pa.ipc.open_file(source)
+        return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+
+
 def _made_from(run_dir: RunDir, relative: str) -> str | None:
-    try:
+    def read() -> dict[bytes, bytes]:
         with run_dir.open(relative) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
+            return pa.ipc.open_file(source).schema.metadata or {}
+
+    try:
+        return run_dir.ask(relative, read).get(_FINGERPRINT, b"").decode()
     except pa.ArrowInvalid:
         return None
-    return metadata.get(_FINGERPRINT, b"").decode()
 
 
 class MapStore:
@@ -222,7 +229,10 @@ class MapGatherer:
                 raise data
             return self._classifier.preprocessing.apply(decode_image(data))
         except MemoryError:  # it came through the pass in a process of its own
-            return decode_carefully(iter([data]), 1, self._classifier.preprocessing).pixels[0]
+            decoded = decode_carefully(iter([data]), 1, self._classifier.preprocessing)
+            if decoded.reasons[0]:
+                raise RunFailed(f"{image_id}: {decoded.reasons[0]}; it was decoded in the pass: start again") from None
+            return decoded.pixels[0]
         except (ImageError, UnreadableError) as error:
             raise InputError(
                 f"{image_id}: was read in the pass, but cannot be read again ({error}); the data set changed under the "

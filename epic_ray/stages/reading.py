@@ -30,6 +30,14 @@ _FINAL = {
     errno.ENAMETOOLONG: "its name is too long",
 }
 # faults of this process, which say nothing about a file
+_AWAY = (  # what a share answers that is away
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+)
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _OF_THE_STORE = ("NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN")
 
@@ -166,6 +174,9 @@ def _from_disk(call: Callable[[], Result]) -> Result:
             number = getattr(error, "errno", None) or 0
             if number in _OURS:
                 raise
+            if number in _AWAY:
+                away = f"{_one_line(error)}: the disk or share is away; start again when it is back"
+                raise storage.StorageAway(away) from error
             if not number or number in _FINAL or not pauses:
                 raise UnreadableError(_FINAL.get(number) or _one_line(error)) from error
         time.sleep(pauses.pop(0))

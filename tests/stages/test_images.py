@@ -177,6 +177,7 @@ def rows(ids: list[str], label: int = 0) -> pa.Table:
     count = len(ids)
     return pa.table(
         {
+            "position": pa.array(range(count), pa.int64()),
             "image_id": ids,
             "uri": ids,
             "label": pa.array([label] * count, pa.int32()),
@@ -267,6 +268,16 @@ def test_a_changed_parquet_file_is_another_data_set_though_its_labels_are_the_sa
     assert second["train"].digest != first["train"].digest
 
 
+def test_another_column_of_images_is_another_data_set(tmp_path):
+    data = parquet_data(tmp_path)
+    table = pq.read_table(tmp_path / "t.parquet")
+    pq.write_table(table.append_column("thumb", table["image"]), tmp_path / "t.parquet")
+    _, first, _ = listed(data, tmp_path, Head(2))
+    _, second, _ = listed(data.model_copy(update={"image_column": "thumb"}), tmp_path, Head(2))
+    assert first["train"].digest != second["train"].digest
+    assert set(first["train"].unit_digests).isdisjoint(second["train"].unit_digests)
+
+
 def test_images_are_found_by_their_ids(tmp_path):
     data = parquet_data(tmp_path)
     run_dir, _, _ = listed(data, tmp_path, Head(2))
@@ -285,6 +296,13 @@ def test_a_selection_spreads_over_the_split_and_keeps_positions(tmp_path, limit)
     positions = read_table(run_dir, "tables/selection/train.parquet")["position"].to_pylist()
     assert positions == (list(range(10)) if limit is None else [0, 2, 5, 7])
     assert (images.rows, len(images.unit_digests)) == (len(positions), -(-len(positions) // 3))
+
+
+def test_an_image_that_moved_to_another_place_is_selected_anew():
+    """Otherwise explanations would name the place where it was before others were added."""
+    table = rows(["x"])
+    moved = table.set_column(table.column_names.index("position"), "position", pa.array([5], pa.int64()))
+    assert digests_of([table], 9) != digests_of([moved], 9)
 
 
 def test_a_folder_that_was_emptied_is_an_input_error(tmp_path):

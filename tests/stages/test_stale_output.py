@@ -72,6 +72,65 @@ def test_a_new_fit_leaves_no_explanation_or_picture_of_the_old_one(few, tmp_path
     assert run_dir.read_mark("explanations-val") is None
 
 
+def test_another_split_costs_its_own_pass_and_no_fit_or_explanation(few, tmp_path):
+    _, run_dir = train(small_settings(few, tmp_path / "runs"))
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    pipeline.explain(run, record, "val")
+    before = run_dir.list("tables/explanations"), run_dir.read_mark("fit"), run_dir.read_mark("prototypes")
+    (few / "test").symlink_to(few / "val")
+    splits = {"train": "train", "val": "val", "test": "test"}
+    record, _ = train(small_settings(few, tmp_path / "runs", data={"splits": splits}), force=True)
+    assert record["counts"]["forwarded"] == 18
+    assert (run_dir.list("tables/explanations"), run_dir.read_mark("fit"), run_dir.read_mark("prototypes")) == before
+
+
+def test_an_added_image_costs_its_own_unit(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs", features={"unit_size": 8})
+    train(config)
+    Image.open(next((few / "train/red").iterdir())).save(few / "train/red/zz.png")
+    planned = pipeline.plan(config, Reporter())
+    assert planned["stages"][1] == planned["stages"][1] | {"units": 7, "units_done": 6, "reused": False}
+    record, run_dir = train(config)
+    assert record["counts"]["forwarded"] == 1
+    assert run_dir.list("tables/images/train")[-1].endswith("unit-000003.parquet")
+
+
+def test_images_that_failed_for_a_while_are_read_again_when_asked(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs", features={"unit_size": 8}, data={"max_failed_fraction": 0.5})
+    file = sorted((few / "train/blue").iterdir())[0]
+    whole = file.read_bytes()
+    file.write_bytes(bytes(len(whole)))  # of the same size, so that nothing else tells
+    record, run_dir = train(config)
+    assert record["counts"]["failed"] == 1
+    file.write_bytes(whole)
+    again, _ = train(config)
+    assert (again["counts"]["failed"], again["counts"]["forwarded"]) == (1, 0)
+    mended = pipeline.train(config, Reporter(), retry_failed=True)
+    assert (mended["counts"]["failed"], mended["counts"]["forwarded"]) == (0, 8)
+    undisturbed, other = train(small_settings(few, tmp_path / "others", features={"unit_size": 8}))
+    assert run_dir.read_bytes("basis/basis.safetensors") == other.read_bytes("basis/basis.safetensors")
+    assert mended["purity"] == undisturbed["purity"] != record["purity"]
+
+
+def test_files_that_are_none_of_ours_are_left_alone(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs")
+    _, run_dir = train(config)
+    strangers = [f"{folder}/.DS_Store" for folder in ("tables/images/train", "tables/features/val", "maps/train")]
+    for stranger in strangers:
+        run_dir.publish_bytes(stranger, b"not ours")
+    record, _ = train(config)
+    assert record["counts"]["forwarded"] == 0
+    assert all(run_dir.exists(stranger) for stranger in strangers)
+
+
+def test_a_run_that_was_trained_anew_meanwhile_is_not_explained_by_halves(few, tmp_path):
+    _, run_dir = train(small_settings(few, tmp_path / "runs"))
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    train(small_settings(few, tmp_path / "runs", fit={"start": "identity"}), force=True)
+    with pytest.raises(ResultError, match="was trained anew since it was opened; run the command again"):
+        pipeline.explain(run, record, "val")
+
+
 def test_a_split_that_the_settings_lost_leaves_no_file(few, tmp_path):
     _, run_dir = train(small_settings(few, tmp_path / "runs"))
     train(small_settings(few, tmp_path / "runs", data={"splits": {"train": "train"}}), force=True)
