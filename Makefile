@@ -30,7 +30,7 @@ test-quick: install  ## the tests that start no Ray and take no time (under 2 mi
 
 test-faults: install  ## every fault at every moment; its table goes to runs/faults.md (about 40 minutes on 2 cores)
 	@mkdir -p runs
-	$(BIN)/python -m pytest -q --faults --fault-table=runs/faults.md tests/faults
+	$(BIN)/python -m pytest -q --faults --fault-table=runs/faults.md tests/faults tests/stages/test_fit_faults.py
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

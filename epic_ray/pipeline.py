@@ -362,6 +362,7 @@ def _explain(run: Run, record: dict[str, Any], split: str, limit: int | None, lo
         }
 
     mark = run.stage(f"explanations-{split}", fingerprint(made_from, images.digest), work, lambda: not units_to_do())
+    run.run_dir.remove_temporaries()
     names = ("rows", "failed", "forwarded", "max_abs_difference", "top1_agreement", "seconds")
     return ExplainResult(split, *(mark[name] for name in names))
 

@@ -201,7 +201,7 @@ def in_round_after(number: int, job: fit.FitJob) -> Callable[[], bool]:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("solver", "place"),
-    [("procrustes", 0), pytest.param("adam", 1, marks=pytest.mark.slow)],
+    [("procrustes", 0), pytest.param("adam", 1, marks=pytest.mark.faults)],
     ids=["procrustes", "adam"],
 )
 def test_a_killed_worker_costs_a_restart_and_changes_no_bit(prepared, undisturbed, tmp_path, solver, place):
@@ -219,7 +219,7 @@ def test_a_killed_worker_costs_a_restart_and_changes_no_bit(prepared, undisturbe
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_losses_with_finished_rounds_between_them_do_not_add_up(prepared, undisturbed, tmp_path):
     job, listener = prepared.job(tmp_path, workers=2), Listener()
@@ -234,7 +234,7 @@ def test_losses_with_finished_rounds_between_them_do_not_add_up(prepared, undist
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_round_that_loses_a_worker_each_time_ends_the_fit(prepared, tmp_path):
     job, listener, ended = prepared.job(tmp_path, workers=2), Listener(), threading.Event()
@@ -275,7 +275,7 @@ def test_an_image_that_a_worker_cannot_read_ends_the_fit_at_once(patches, tmp_pa
     assert listener.losses == []
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_step_that_is_not_finite_ends_the_fit_at_once(prepared, tmp_path):
     adam = {"epochs_per_round": 2, "batch_size": 4096, "learning_rate": 1e30}
@@ -451,7 +451,7 @@ def job_file(prepared, tmp_path):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_least_to_most_workers_start_with_what_there_is(job_file, undisturbed, cpus):
@@ -461,7 +461,7 @@ def test_least_to_most_workers_start_with_what_there_is(job_file, undisturbed, c
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_fixed_number_of_workers_waits_for_a_lost_machine_to_be_replaced(job_file, undisturbed):
     found = apart(on_two_machines, job_file(workers=2), True)
@@ -471,7 +471,7 @@ def test_a_fixed_number_of_workers_waits_for_a_lost_machine_to_be_replaced(job_f
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_least_to_most_workers_go_on_with_fewer_after_a_lost_machine(job_file, undisturbed):
     found = apart(on_two_machines, job_file(workers=[1, 2]), False)
@@ -483,7 +483,7 @@ def test_least_to_most_workers_go_on_with_fewer_after_a_lost_machine(job_file, u
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_fit_ends_promptly_leaves_nothing_and_goes_on_later(prepared, undisturbed, tmp_path, number):
@@ -511,7 +511,7 @@ def test_an_interrupted_fit_ends_promptly_leaves_nothing_and_goes_on_later(prepa
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.ray
 def test_an_interrupt_while_the_workers_start_leaves_nothing(prepared, tmp_path):
     job = prepared.job(tmp_path, workers=2)
