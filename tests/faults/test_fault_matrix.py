@@ -89,7 +89,6 @@ def test_of_two_starts_at_the_same_moment_one_does_the_work(run, undisturbed, fa
     ("where", "point", "match", "redone"),
     [
         ("pass", "forward", "", 1),
-        ("publish of an attempt", "publish", "/attempts/features/.*/forward-", 0),
         ("publish of maps", "publish", "/maps/train/unit-", 1),
         ("publish of statuses, which commits the unit", "publish", "/tables/images/train/", 1),
     ],
