@@ -15,7 +15,7 @@ from epic_ray.demo import DIGIT_PREPROCESSING
 
 # for the tests' own store: Ray's processes have the environment that Ray was started with
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-pytest.register_assert_rewrite("harness", "stores")
+pytest.register_assert_rewrite("harness", "stores", "verdict")
 torch.set_num_threads(1)  # threads that wait for one another on a busy machine turn milliseconds into seconds
 
 CLASSES = ("blue", "green", "red")

@@ -14,19 +14,14 @@ from harness import (
     LINUX,
     Disturbed,
     Outcome,
-    Result,
     descendants,
     disturbed,
-    fault_table,
-    images,
     kill,
-    result_of,
-    run,
-    undisturbed,
     wait_until,
 )
 from moments import MOMENTS, Moment, meanwhile, signalled, strike
 from stores import gated_s3, s3
+from verdict import Result, fault_table, images, result_of, run, undisturbed
 
 from epic_ray.run_dir import RUN, round_file
 from epic_ray.storage import PATIENCE_VARIABLE, join
