@@ -17,12 +17,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from epic_ray.errors import ConfigError
-from epic_ray.storage import is_uri, last_name
+from epic_ray.storage import is_uri, last_name, resolve_root
 
 Auto = Literal["auto"]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 FITTING_SPLIT = "train"
+_OWN_WEIGHTS = ("pretrained", "random")
 HELD_OUT_SPLIT = "val"
 
 
@@ -291,6 +292,56 @@ def build_config(values: Mapping[str, Any], origin: str) -> RunConfig:
     except ValidationError as error:
         findings = _findings(error)
         raise ConfigError(f"{origin}: {len(findings)} wrong setting(s)\n" + "\n".join(findings)) from None
+
+
+def override_config(config: RunConfig, overrides: Iterable[str], origin: str) -> RunConfig:
+    """Settings with `a.b=value` overrides on top. Raises ConfigError."""
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        _set(values, override)
+    return build_config(values, origin)
+
+
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """The settings with absolute paths, so that every process of the run means the same files."""
+    model = config.model
+    changes: dict[str, Any] = {}
+    if model.weights not in _OWN_WEIGHTS:
+        changes["weights"] = resolve_root(model.weights)
+    if isinstance(model.classes, str):
+        changes["classes"] = resolve_root(model.classes)
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=changes),
+            "data": config.data.model_copy(update={"root": resolve_root(config.data.root)}),
+            "output": config.output.model_copy(update={"root": resolve_root(config.output.root)}),
+        }
+    )
+
+
+def read_class_names(classes: str | list[str] | None) -> tuple[str, ...] | None:
+    """The names that `model.classes` gives, itself or in a file. Raises ConfigError."""
+    if classes is None or isinstance(classes, list):
+        return tuple(classes) if classes else None
+    try:
+        text = Path(classes).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"model.classes: {classes} cannot be read ({error}); give a file with one name a line"
+        ) from None
+    try:
+        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.classes: {classes} begins like a JSON list but is none ({error})") from None
+    return tuple(str(name).strip() for name in names if str(name).strip())
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """The settings for a job elsewhere: paths absolute, class names written out. Raises ConfigError."""
+    config = resolve_paths(config)
+    names = read_class_names(config.model.classes)
+    model = config.model.model_copy(update={"classes": list(names) if names else None})
+    return config.model_copy(update={"model": model})
 
 
 def dump_config(config: RunConfig) -> str:

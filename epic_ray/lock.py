@@ -22,7 +22,7 @@ from pyarrow import fs
 from epic_ray.errors import ConfigError, InputError, ResultError, RunFailed
 from epic_ray.run_dir import LOCKS, RunDir
 
-_BEAT_SECONDS, _SILENT_SECONDS = 10.0, 60.0
+_BEAT_SECONDS, _SILENT_SECONDS, _MISSED_BEATS = 10.0, 60.0, 2
 # A claim that was published within `_PROMPT` of its time is seen by all who look `_SETTLE` after theirs; the times of
 # stores are whole seconds. Slower ones own only where there is no other.
 _PROMPT_SECONDS, _SETTLE_SECONDS = 0.03, 0.05
@@ -65,6 +65,9 @@ class Lock:
             claims = self._living()
             owner = min(claims, key=lambda claim: (not claim.owns, claim.made_ns, claim.token))
             if owner.token != self._token:
+                if self._waits_for_end(owner):
+                    self._withdraw()
+                    continue
                 advice = "wait for it, stop it, or choose another name"
                 raise ConfigError(f"{self._run_dir}: {owner} is writing to it; {advice}")
             if prompt or len(claims) == 1:
@@ -73,6 +76,22 @@ class Lock:
                 return
             self._withdraw()
         raise ConfigError(f"{self._run_dir}: several starts claim it at once; start again, one after the other")
+
+    def _waits_for_end(self, owner: "_Claim") -> bool:
+        """Whether an owner that has missed two heartbeats is dead: waits until it is, or is heard of again."""
+        own = self._look().get(f"{self._token}{_BEAT}")
+        silent = _seconds(owner.heard_ns, own.made_ns) if own else 0.0
+        if silent < _MISSED_BEATS * _BEAT_SECONDS:
+            return False
+        end = time.monotonic() + _SILENT_SECONDS - silent + 1.0
+        while time.monotonic() < end:
+            time.sleep(1.0)
+            beat = self._times().get(f"{owner.token}{_BEAT}")
+            if beat is None:
+                return True
+            if beat > owner.heard_ns:
+                return False
+        return True
 
     def demand(self) -> None:
         """Raises RunFailed if another start has taken the run over, because this one was silent for too long."""

@@ -7,10 +7,12 @@ A stage that finds its own mark with the same fingerprint does nothing; a stage 
 with it all that depends on it. Nothing here computes: it says what is made from what.
 """
 
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +32,7 @@ from epic_ray.stages.image_pass import committed_units, run_pass
 from epic_ray.stages.images import Listing, UnitRange, cut_units
 from epic_ray.stages.loading import ClassNames, load, model_facts
 from epic_ray.stages.maps import map_bytes
-from epic_ray.stages.resources import Resources, likely_device, resolve_resources, start_ray, take_threads
+from epic_ray.stages.resources import Resources, demand_seen, likely_device, resolve_resources, start_ray, take_threads
 from epic_ray.tables import build_table, read_table, write_table
 
 # --- train
@@ -57,6 +59,8 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     run.run_dir.remove_temporaries()
     run.reporter.say(f"{run.config.name}: {_describe(run)}")
     start_ray(local)
+    if not local:
+        demand_shared(run, settings)
     resources = resolve_resources(run.config.resources)
     made_from = run.fingerprints(resources.device)
     if not all(run.reusable(name, made_from[name]) for name in TRAIN_STAGES):
@@ -105,6 +109,15 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     run.run_dir.remove_temporaries()  # of processes that were lost on the way
     run.run_dir.publish_json(RUN, record)
     return record
+
+
+def demand_shared(run: Run, settings: bytes) -> None:
+    """Raises ClusterError where a machine of the cluster does not see the images, the weights or the run folder."""
+    config = run.config
+    places = {"data.root": config.data.root, "model.weights": config.model.weights}
+    local = {name: place for name, place in places.items() if Path(place).is_absolute()}
+    proof = (run.run_dir.path(CONFIG), hashlib.sha256(settings).hexdigest()) if run.run_dir.is_local else None
+    demand_seen(local, proof)
 
 
 @contextmanager
@@ -174,6 +187,7 @@ def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
         run.classifier.preprocessing,
         resources,
         run.reporter,
+        sum(images.rows for images in run.images.values()),
     )
     run.count(totals.decoded, totals.forwarded)
     passes = [features.finished_pass(run.run_dir, images, made_from) for images in run.images.values()]
@@ -209,13 +223,13 @@ def _fit(run: Run, resources: Resources, passed: features.FeaturePass, made_from
     error = orthogonality_error(result.basis)
     history = {name: [row[name] for row in result.history] for name in result.history[0]}
     write_table(run.run_dir, table_file("history"), build_table("history", history))
-    size_bytes = run.run_dir.publish_bytes(
-        BASIS, save_tensors({"U": result.basis.contiguous()}, basis_notes(run.config))
-    )
+    tensors = save_tensors({"U": result.basis.contiguous()}, basis_notes(run.config))
+    size_bytes = run.run_dir.publish_bytes(BASIS, tensors)
     run.run_dir.publish_bytes(BASIS_CARD, basis_card(run.config, run.classifier, error).encode())
     return {
         "rows": len(result.history),
         "bytes": size_bytes,
+        "basis_sha256": hashlib.sha256(tensors).hexdigest(),
         "orthogonality_error": error,
         "peak_memory_bytes": result.peak_memory_bytes,
     }
@@ -326,6 +340,8 @@ def _explain(run: Run, record: dict[str, Any], split: str, limit: int | None, lo
     made_from = fingerprint(record["fingerprints"]["fit"], settings)
     units = cut_units(images, made_from)
     start_ray(local)
+    if not local:
+        demand_shared(run, run.run_dir.read_bytes(CONFIG))
     resources = resolve_resources(config.resources)
 
     def units_to_do() -> list[UnitRange]:
@@ -349,6 +365,7 @@ def _explain(run: Run, record: dict[str, Any], split: str, limit: int | None, lo
             preprocessing,
             resources,
             run.reporter,
+            images.rows,
         )
         facts = committed_units(run.run_dir, "explanations", units).values()
         failed, readable = sum(unit.failed for unit in facts), sum(unit.readable for unit in facts)

@@ -1,21 +1,29 @@
 """A run in progress: its settings, classifier and images, and which of its stages may be reused."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from epic_ray import interrupts
-from epic_ray.config import FITTING_SPLIT, RunConfig, build_config, differences, fingerprint
+from epic_ray.config import (
+    FITTING_SPLIT,
+    RunConfig,
+    build_config,
+    differences,
+    fingerprint,
+    override_config,
+    resolve_paths,
+)
 from epic_ray.errors import ConfigError, ResultError
 from epic_ray.lock import Lock
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import CONFIG, PICTURES, RUN, RunDir
 from epic_ray.stages.images import Listing, SplitImages
-from epic_ray.stages.loading import ClassNames, load, model_facts, resolve_paths
+from epic_ray.stages.loading import ClassNames, load, model_facts
 from epic_ray.stages.maps import keep_all_maps
 from epic_ray.storage import join, resolve_root
 
@@ -139,6 +147,16 @@ def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
     classes = ClassNames.of(classifier, listing.class_names, listing.index_names)
     images = listing.label(classes, config.features.unit_size)
     return Run(config, run_dir, reporter, classifier, classes, images, listing)
+
+
+def with_free_settings(config: RunConfig, settings: Iterable[str]) -> RunConfig:
+    """A finished run's settings with `a.b=value` on top. Raises ConfigError for one that decides what the run is."""
+    new = override_config(config, settings, "settings")
+    changed = [line for line in differences(config, new) if not line.startswith(_FREE_SETTINGS)]
+    if changed:
+        free = ", ".join(f"{name}*" if name.endswith(".") else name for name in _FREE_SETTINGS)
+        raise ConfigError(f"{changed[0]}: decides what the run is; of a finished run only these may change: {free}")
+    return new
 
 
 def _demand_same_settings(config: RunConfig, run_dir: RunDir, force: bool) -> None:

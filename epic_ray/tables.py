@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from epic_ray.errors import ResultError, RunFailed
 from epic_ray.run_dir import RunDir
+from epic_ray.seal import Sealing, is_sealed
 from epic_ray.storage import StorageAway, patiently
 
 SCHEMA_VERSION = 2
@@ -236,21 +237,23 @@ def _vectors(values: Any) -> pa.FixedShapeTensorArray:
 
 def write_table(run_dir: RunDir, relative: str, table: pa.Table) -> int:
     """Publishes a table as one Parquet file; gives its size in bytes."""
-
-    def write(stream: pa.NativeFile) -> None:
-        dictionary = _words(table.schema)
-        pq.write_table(table, stream, compression="zstd", use_dictionary=dictionary, row_group_size=ROW_GROUP_SIZE)
-
-    return run_dir.publish(relative, write)
+    return write_tables(run_dir, relative, table.schema, [table])
 
 
 def write_tables(run_dir: RunDir, relative: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
-    """Publishes tables of one schema as one Parquet file, one after another; gives its size in bytes."""
+    """Publishes tables of one schema as one Parquet file, one after another; gives its size in bytes.
+
+    Pages carry checksums, which every reading tries; the file as a whole carries a seal (`count_rows`).
+    """
 
     def write(stream: pa.NativeFile) -> None:
-        with pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=_words(schema)) as writer:
+        sealing = Sealing(stream)
+        how = {"compression": "zstd", "use_dictionary": _words(schema), "write_page_checksum": True}
+        with pq.ParquetWriter(sealing, schema, **how) as writer:
             for table in tables:
                 writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP_SIZE)
+            sealing.hold()
+        sealing.finish()
 
     return run_dir.publish(relative, write)
 
@@ -297,21 +300,52 @@ def take_rows(run_dir: RunDir, relative: str, rows: np.ndarray, columns: list[st
     return table
 
 
+def count_rows(run_dir: RunDir, relative: str) -> int:
+    """Rows of a table's file, every byte of which is found as it was written. Raises ResultError where it is not.
+
+    A file from before there were seals is read page by page.
+    """
+    try:
+        sealed = run_dir.ask(relative, lambda: _is_sealed(run_dir, relative))
+    except FileNotFoundError:
+        raise ResultError(f"{run_dir.show(relative)}: missing; run the stage that writes it again") from None
+    if sealed is False:
+        raise _torn(run_dir, relative, "its bytes are not those that were written")
+    if sealed is None:
+        for _ in read_batches(run_dir, relative):
+            pass
+    return int(_read(run_dir, relative, lambda parquet: parquet.metadata.num_rows))
+
+
+def _is_sealed(run_dir: RunDir, relative: str) -> bool | None:
+    with run_dir.filesystem.open_input_file(run_dir.path(relative)) as file:
+        return is_sealed(file)
+
+
 def _read(run_dir: RunDir, relative: str, use: Callable[[pq.ParquetFile], Any]) -> Any:
-    """What `use` makes of a table's file; a store that is away is waited for."""
+    """What `use` makes of a table's file, its pages' checksums tried; a store that is away is waited for."""
+
+    def parse(source: pa.NativeFile) -> Any:
+        try:
+            parquet = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+            check_schema(parquet.schema_arrow, run_dir.show(relative))
+            return use(parquet)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise _torn(run_dir, relative, error) from error
 
     def read() -> Any:
         with run_dir.open(relative) as file:
             try:
-                parquet = pq.ParquetFile(file, pre_buffer=True)
-                check_schema(parquet.schema_arrow, run_dir.show(relative))
-                return use(parquet)
-            except pa.ArrowInvalid as error:
-                raise _torn(run_dir, relative, error) from error
+                return parse(file)
             except OSError as error:
                 if run_dir.is_local:
                     raise _torn(run_dir, relative, error) from error
-                raise
+                file.seek(0)
+                content = file.read()  # was it the file or the store? a store that is away fails here again
+            try:
+                return parse(pa.BufferReader(content))
+            except OSError as error:
+                raise _torn(run_dir, relative, error) from error
 
     try:
         return patiently(run_dir.filesystem, run_dir.show(relative), read)
@@ -319,7 +353,7 @@ def _read(run_dir: RunDir, relative: str, use: Callable[[pq.ParquetFile], Any]) 
         raise RunFailed(str(error)) from error
 
 
-def _torn(run_dir: RunDir, relative: str, error: Exception) -> ResultError:
+def _torn(run_dir: RunDir, relative: str, error: Exception | str) -> ResultError:
     return ResultError(f"{run_dir.show(relative)}: is no readable Parquet file ({error}); run its stage again")
 
 

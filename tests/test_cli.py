@@ -24,11 +24,10 @@ import epic_ray
 from epic_ray import pipeline
 from epic_ray.cli import demo, explain, train
 from epic_ray.cli.app import app
-from epic_ray.config import dump_config, load_config
+from epic_ray.config import dump_config, load_config, resolve_paths
 from epic_ray.demo import digit_net
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import CONFIG, RUN, RunDir, round_file
-from epic_ray.stages.loading import resolve_paths
 
 COMMANDS = {demo: ["demo"], explain: ["explain"], train: ["init", "validate", "plan", "train", "submit"]}
 

@@ -23,14 +23,30 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 submit = typer.Typer(
-    help="Submit a job; without a cluster it runs here.",
-    epilog="epic-ray submit train run.yaml  ·  epic-ray submit train --set fit.seed=1",
+    help="Submit a job to a Ray cluster.",
+    epilog="epic-ray submit train --cluster cluster.yaml  ·  epic-ray submit explain --split val --cluster local",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 app.add_typer(submit, name="submit")
+cluster = typer.Typer(
+    help="Start and end the cluster of a launcher file.",
+    epilog="epic-ray cluster up aws.yaml  ·  epic-ray cluster down aws.yaml",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(cluster, name="cluster")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="FILE",
+        help="A launcher file of Ray, a KubeRay manifest, an address file, an address, or `local`.",
+    ),
+]
+Address = Annotated[str | None, typer.Option("--address", metavar="URL", help="Ray's dashboard, http://HOST:8265.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
@@ -81,7 +97,7 @@ def _options(
 
 def main() -> None:
     """The console script."""
-    from epic_ray.cli import demo, explain, train
+    from epic_ray.cli import clusters, demo, explain, jobs, submit, train
 
-    del demo, explain, train  # imported for the commands they add
+    del clusters, demo, explain, jobs, submit, train  # imported for the commands they add
     app()

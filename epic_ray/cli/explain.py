@@ -45,9 +45,11 @@ def explain(
         return
     result = pipeline.explain(run, record, split or "val", limit)
     with pipeline.finished(run, record):
-        drawn = _draw(run, result.split, reporter)
-    facts = vars(result) | {"table": run.run_dir.show(f"tables/explanations/{result.split}"), "pictures": drawn}
-    print_json(facts) if as_json else _print_split(run, facts)
+        drawn = draw(run, result.split, reporter)
+    if as_json:
+        print_json(vars(result) | {"table": explained_table(run, result), "pictures": drawn})
+    else:
+        print(split_summary(run, result, drawn))
 
 
 def _sort(words: list[str]) -> tuple[str | None, list[Path]]:
@@ -80,7 +82,8 @@ def _with_options(
     return build_config(values, "explain")
 
 
-def _draw(run: Any, split: str, reporter: Any) -> list[str]:
+def draw(run: Any, split: str, reporter: Any) -> list[str]:
+    """Draws images of an explained split; gives the pictures' addresses."""
     from epic_ray.report.explained import draw_split
 
     options = run.config.explain
@@ -88,14 +91,20 @@ def _draw(run: Any, split: str, reporter: Any) -> list[str]:
     return [run.run_dir.show(file) for file in files]
 
 
-def _print_split(run: Any, facts: dict[str, Any]) -> None:
-    print(f"{run.config.name}: {facts['images']} images of {facts['split']} explained, {facts['failed']} failed")
-    print(
-        f"  logits     largest difference {facts['max_abs_difference']:.1e}, same top-1 {facts['top1_agreement']:.2%}"
-    )
-    print(f"  table      {facts['table']}")
-    if facts["pictures"]:
-        print(f"  pictures   {len(facts['pictures'])} in {facts['pictures'][0].rsplit('/', 1)[0]}")
+def explained_table(run: Any, result: Any) -> str:
+    return str(run.run_dir.show(f"tables/explanations/{result.split}"))
+
+
+def split_summary(run: Any, result: Any, pictures: list[str]) -> str:
+    """What a person wants to know of an explained split."""
+    lines = [
+        f"{run.config.name}: {result.images} images of {result.split} explained, {result.failed} failed",
+        f"  logits     largest difference {result.max_abs_difference:.1e}, same top-1 {result.top1_agreement:.2%}",
+        f"  table      {explained_table(run, result)}",
+    ]
+    if pictures:
+        lines.append(f"  pictures   {len(pictures)} in {pictures[0].rsplit('/', 1)[0]}")
+    return "\n".join(lines)
 
 
 def _explain_files(run: Any, files: list[Path], out: Path, as_json: bool) -> None:

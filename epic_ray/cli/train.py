@@ -1,12 +1,12 @@
-"""`init`, `validate`, `plan`, `train` and `submit train`."""
+"""`init`, `validate`, `plan` and `train`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from epic_ray.cli.app import Json, Quiet, app, guarded, print_json, submit
-from epic_ray.errors import ClusterError, ConfigError
+from epic_ray.cli.app import Json, Quiet, app, guarded, print_json
+from epic_ray.errors import ConfigError
 
 DEFAULT_RUN_FILE = Path("run.yaml")
 
@@ -17,6 +17,7 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=value", help="Override a setting; may be repeated.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Redo what other settings change in an existing run folder.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Read failed images again.")]
 
 RUN_TEMPLATE = """\
 # A run of epic-ray. Only model.architecture and data.root have no default; `epic-ray plan` shows what would happen.
@@ -107,39 +108,11 @@ def train(
     run_file: RunFile = None,
     settings: Settings = None,
     force: Force = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Read failed images again.")] = False,
+    retry_failed: RetryFailed = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit the basis on this machine: one pass over the images, the fit, prototypes and purity."""
-    run_here(run_file, settings, force, as_json, quiet, retry_failed)
-
-
-@submit.command("train", epilog="epic-ray submit train  ·  epic-ray submit train run.yaml --set fit.workers=2")
-@guarded
-def submit_train(
-    run_file: RunFile = None,
-    cluster: Annotated[Path | None, typer.Option(help="Cluster file; without one the job runs here.")] = None,
-    settings: Settings = None,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run the training job; without --cluster, on this machine."""
-    if cluster is not None:
-        raise ClusterError(f"--cluster {cluster}: this version submits to no cluster yet; leave it out to run here")
-    run_here(run_file, settings, force, as_json, quiet)
-
-
-def run_here(
-    run_file: Path | None,
-    settings: list[str] | None,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    retry_failed: bool = False,
-) -> None:
-    """`train` on this machine, with its closing summary."""
     config = read_run_file(run_file, settings)  # before torch is imported: wrong settings are told at once
 
     from epic_ray import pipeline

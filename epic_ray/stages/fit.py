@@ -140,7 +140,7 @@ def _worker_count(job: FitJob, reporter: Reporter) -> int | tuple[int, int]:
 @contextmanager
 def _progress(job: FitJob, rounds: int, reporter: Reporter) -> Iterator[None]:
     """Shows finished rounds, wherever they are computed: their files tell."""
-    with reporter.stage("fit", rounds, "rounds") as meter:
+    with reporter.stage("fit", rounds, "rounds", already=finished_rounds(job.run_dir)) as meter:
 
         def look() -> None:
             done = finished_rounds(job.run_dir)

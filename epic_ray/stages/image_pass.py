@@ -304,9 +304,11 @@ def run_pass(
     preprocessing: Preprocessing,
     resources: Resources,
     reporter: Reporter,
+    images: int,
 ) -> PassTotals:
     """Sends the units that are not committed through decode tasks and a pool of actors; gives what was done.
 
+    images: those of all units, committed or not.
     Raises the first cause of a failure; what Ray itself could not go on with is taken up again from what is committed.
     """
     totals = PassTotals()
@@ -317,7 +319,8 @@ def run_pass(
     attempts = Attempts(run_dir, stage)
     decode = DecodeUnit(stage, run_dir, attempts, preprocessing)
     arguments = {**arguments, "attempts": attempts}
-    with reporter.stage(stage, sum(unit.count for unit in units), "images") as meter:
+    already = images - sum(unit.count for unit in units)
+    with reporter.stage(stage, images, "images", already=already) as meter:
         in_vain = 0
         while units:
             before, fault = len(units), None
@@ -366,7 +369,7 @@ def _execute(
         GuardedActor,
         batch_size=1,
         batch_format="pyarrow",
-        compute=rd.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+        compute=rd.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=min(actors, resources.actors_at_once)),
         num_gpus=resources.gpus_per_actor or None,
         num_cpus=0,  # actors that hold CPUs can leave none to the tasks they wait for; and decoding stays apart
         fn_constructor_kwargs={"stage": stage, "actor": actor, "arguments": arguments},

@@ -2,44 +2,22 @@
 
 import difflib
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from epic_ray.config import ModelConfig, RunConfig
-from epic_ray.errors import ConfigError, InputError
+from epic_ray.config import ModelConfig, read_class_names
+from epic_ray.errors import InputError
 from epic_ray.method.backbones import imagenet_wnids, load_classifier, wnid_names
 from epic_ray.method.classifier import SplitClassifier
-from epic_ray.storage import resolve_root
-
-_OWN_WEIGHTS = ("pretrained", "random")
-
-
-def resolve_paths(config: RunConfig) -> RunConfig:
-    """The settings with absolute paths, so that every process of the run means the same files."""
-    model = config.model
-    changes: dict[str, Any] = {}
-    if model.weights not in _OWN_WEIGHTS:
-        changes["weights"] = resolve_root(model.weights)
-    if isinstance(model.classes, str):
-        changes["classes"] = resolve_root(model.classes)
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update=changes),
-            "data": config.data.model_copy(update={"root": resolve_root(config.data.root)}),
-            "output": config.output.model_copy(update={"root": resolve_root(config.output.root)}),
-        }
-    )
 
 
 def load(model: ModelConfig) -> SplitClassifier:
@@ -52,7 +30,7 @@ def load(model: ModelConfig) -> SplitClassifier:
         source=model.source,
         weights=model.weights,
         class_count=model.class_count,
-        class_names=_class_names(model.classes),
+        class_names=read_class_names(model.classes),
         preprocessing=overrides,
         arguments=dict(model.arguments),
         seed=model.seed,
@@ -79,22 +57,6 @@ def _digest(classifier: SplitClassifier) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _class_names(classes: str | list[str] | None) -> tuple[str, ...] | None:
-    if classes is None or isinstance(classes, list):
-        return tuple(classes) if classes else None
-    try:
-        text = Path(classes).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"model.classes: {classes} cannot be read ({error}); give a file with one name a line"
-        ) from None
-    try:
-        names = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"model.classes: {classes} begins like a JSON list but is none ({error})") from None
-    return tuple(str(name).strip() for name in names if str(name).strip())
 
 
 class ClassNames:

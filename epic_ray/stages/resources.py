@@ -1,5 +1,7 @@
 """Ray itself: started or joined, what it has, what each actor gets, and the first cause of what failed on it."""
 
+import hashlib
+import json
 import logging
 import os
 import resource
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from epic_ray import interrupts
 from epic_ray.config import ResourcesConfig
@@ -24,6 +27,9 @@ _LOCAL_OBJECT_STORE_BYTES = 2 * 1024**3
 _CHANNELS_WORTH_THREADS = 256
 # reads, decoding and the workers of the fit would wait for one another with fewer
 _LEAST_LOGICAL_CPUS = 4
+# set by `epic-ray submit`: what the cluster's file allows its autoscaler
+LIMITS_VARIABLE = "EPIC_RAY_CLUSTER_LIMITS"
+_LOOK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Resources:
     """What the settings' `auto`s come to on the machines at hand."""
 
     feature_actors: int
+    """The most; of these `actors_at_once` can start now, the others when the cluster has grown."""
+    actors_at_once: int
     gpus_per_actor: float
     device: str
     threads: int
@@ -79,25 +87,84 @@ def _held_back_stderr() -> Iterator[None]:
 
 def resolve_resources(config: ResourcesConfig) -> Resources:
     """The settings against what Ray has. Raises ClusterError where it has less than is asked for."""
-    have = ray.cluster_resources()
-    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    have, most = ray.cluster_resources(), cluster_limits()
+    cpus, gpus_now = int(have.get("CPU", 0)), float(have.get("GPU", 0))
+    gpus = int(max(gpus_now, most.get("GPU", 0)))
     cores = available_cores()
     # few threads an actor: those of one forward wait for one another, those of two actors do not
     threads = max(1, min(4, cores // 4)) if config.threads_per_actor == "auto" else config.threads_per_actor
     gpus_per_actor: float = 1.0 if gpus and config.device != "cpu" else 0.0
     if config.gpus_per_actor != "auto":
         gpus_per_actor = config.gpus_per_actor
-    actors = int(gpus / gpus_per_actor) if gpus_per_actor else min(cores, cpus) // threads
+    actors = int(gpus / gpus_per_actor) if gpus_per_actor else _cpu_actors(max(cpus, int(most.get("CPU", 0))), threads)
     actors = max(1, actors) if config.feature_actors == "auto" else config.feature_actors
     if actors * gpus_per_actor > gpus:
+        grown = f", and can have {gpus}," if gpus > gpus_now else ""
         raise ClusterError(
-            f"resources: {actors} actor(s) x {gpus_per_actor:g} GPU(s) asked, but Ray has {gpus}; "
+            f"resources: {actors} actor(s) x {gpus_per_actor:g} GPU(s) asked, but Ray has {gpus_now:g}{grown}; "
             "lower resources.feature_actors or resources.gpus_per_actor"
         )
     if config.device == "cuda" and not gpus_per_actor:
         raise ClusterError("resources: device is cuda, but no actor holds a GPU; set resources.gpus_per_actor")
+    now = int(gpus_now / gpus_per_actor) if gpus_per_actor else _cpu_actors(cpus, threads)
     device = config.device if config.device != "auto" else ("cuda" if gpus_per_actor else "cpu")
-    return Resources(actors, gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
+    return Resources(actors, max(1, min(now, actors)), gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
+
+
+def _cpu_actors(cpus: int, threads: int) -> int:
+    """Actors without GPUs: on one machine as many as its cores hold, whatever number of CPUs Ray was told."""
+    return (cpus if len(alive_nodes()) > 1 else min(available_cores(), cpus)) // threads
+
+
+def cluster_limits() -> dict[str, float]:
+    """The most CPUs and GPUs that the cluster's autoscaler may bring, as far as it is known."""
+    told: dict[str, float] = json.loads(os.environ.get(LIMITS_VARIABLE, "{}"))
+    known = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {name: max(told.get(name, 0.0), float(known.get(name, 0.0))) for name in ("CPU", "GPU")}
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def demand_seen(folders: dict[str, str], proof: tuple[str, str] | None) -> None:
+    """Raises ClusterError for a machine of the cluster that does not see what all must see.
+
+    folders: local paths by the settings that name them. proof: a file of the run, and the digest of its content, which
+    another disk under the same path would not have.
+    """
+    nodes = alive_nodes()
+    if len(nodes) < 2:
+        return
+    look = ray.remote(_unseen).options(num_cpus=0, max_retries=0)
+    asked = {
+        node["NodeManagerAddress"]: look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(folders, proof)
+        for node in nodes
+    }
+    for address, answer in asked.items():
+        try:
+            unseen = ray.get(answer, timeout=_LOOK_SECONDS)
+        except (ray.exceptions.RayError, TimeoutError):
+            continue  # it left meanwhile, or is busy: the pass will tell
+        if unseen:
+            raise ClusterError(
+                f"{unseen}: not seen by the machine {address} of the cluster; every machine must see the same files "
+                "under this path (one shared disk), or give an address such as s3://"
+            )
+
+
+def _unseen(folders: dict[str, str], proof: tuple[str, str] | None) -> str | None:
+    """What this machine does not see, with the setting that names it."""
+    for setting, path in folders.items():
+        if not Path(path).exists():
+            return f"{setting}: {path}"
+    if proof:
+        file, digest = Path(proof[0]), proof[1]
+        if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            return f"output.root: {file.parent}"
+    return None
 
 
 def likely_device(config: ResourcesConfig) -> str:
