@@ -148,8 +148,10 @@ class Lock:
         filesystem, path = self._run_dir.filesystem, self._run_dir.path
         while not self._released.wait(_BEAT_SECONDS):
             with suppress(OSError):  # a store that is away, a full disk: the next beat may succeed
-                if filesystem.get_file_info(path(self._file(_CLAIM))).type != fs.FileType.File:
-                    self._lost = True
+                self._lost = filesystem.get_file_info(path(self._file(_CLAIM))).type != fs.FileType.File
+                if self._lost:  # a beat may have come between the end of the claim and that of its heartbeat
+                    with suppress(FileNotFoundError):
+                        filesystem.delete_file(path(self._file(_BEAT)))
                     return
                 with filesystem.open_output_stream(path(self._file(_BEAT))) as stream:
                     stream.write(_OWNER)
