@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from stores import gated_s3, s3
 
-from epic_ray import check, pipeline, staging
-from epic_ray.archive import MANIFEST
-from epic_ray.collection import check_collection, check_run, collect, collect_archive, write_archive
+from epic_ray import pipeline
+from epic_ray.collection import check, check_collection, check_run, collect, collect_archive, staging, write_archive
+from epic_ray.collection.archive import MANIFEST
 from epic_ray.errors import ConfigError, InputError, ResultError, RunFailed
 from epic_ray.lock import hold
 from epic_ray.logs import Meter, Reporter
@@ -388,7 +388,7 @@ KILLED = """
 import json, os, signal, sys
 from collections import Counter
 from pathlib import Path
-from epic_ray import staging
+from epic_ray.collection import staging
 from epic_ray.collection import collect
 from epic_ray.run_dir import RunDir
 

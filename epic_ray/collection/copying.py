@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow import fs
 
 import epic_ray
-from epic_ray.check import (
+from epic_ray.collection.check import (
     COLLECTED,
     Finding,
     check_collection,
@@ -24,9 +24,9 @@ from epic_ray.check import (
     read_collected,
     to_json,
 )
+from epic_ray.collection.staging import flush, put_in_place, writing
 from epic_ray.errors import ConfigError, ResultError
 from epic_ray.run_dir import CONFIG, RUN, RunDir
-from epic_ray.staging import flush, put_in_place, writing
 from epic_ray.storage import is_uri
 
 _TO_GO_ON = ("tables/features/", "maps/", "fit/")

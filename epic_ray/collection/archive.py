@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import epic_ray
-from epic_ray.check import COLLECTED, Finding, check_contents, check_standing, to_json
-from epic_ray.copying import (
+from epic_ray.collection.check import COLLECTED, Finding, check_contents, check_standing, to_json
+from epic_ray.collection.copying import (
     BLOCK_BYTES,
     CollectResult,
     FileFacts,
@@ -33,10 +33,10 @@ from epic_ray.copying import (
     refusal,
     write_copy,
 )
+from epic_ray.collection.staging import flush, put_in_place, staged, writing
 from epic_ray.errors import ConfigError, InputError, ResultError
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RUN, RunDir
-from epic_ray.staging import flush, put_in_place, staged, writing
 
 MANIFEST, MANIFEST_DIGEST = "MANIFEST.json", "MANIFEST.sha256"
 _VERSION = 1

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
-from epic_ray.archive import ArchiveFacts, collect_archive, write_archive
-from epic_ray.check import Finding, check_collection, check_run
-from epic_ray.copying import (
+from epic_ray.collection.archive import ArchiveFacts, collect_archive, write_archive
+from epic_ray.collection.check import Finding, check_collection, check_run
+from epic_ray.collection.copying import (
     BLOCK_BYTES,
     CollectResult,
     FileFacts,
@@ -28,9 +28,9 @@ from epic_ray.copying import (
     local_path,
     write_copy,
 )
+from epic_ray.collection.staging import staged, writing
 from epic_ray.logs import Meter, Reporter
 from epic_ray.run_dir import RunDir
-from epic_ray.staging import staged, writing
 
 __all__ = [
     "ArchiveFacts",

@@ -6,7 +6,6 @@ each of its files was: `check_collection`.
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from epic_ray.errors import ResultError
-from epic_ray.lock import Lock, _read_claims
+from epic_ray.lock import living_claims
 from epic_ray.run_dir import BASIS, CONFIG, LOCKS, RUN, RunDir, mark_file, table_file, table_folder, unit_number
 from epic_ray.tables import count_rows, read_table, to_numpy
 
@@ -112,12 +111,6 @@ def _half_explained(run_dir: RunDir) -> list[Finding]:
 def _explained(run_dir: RunDir) -> list[str]:
     prefix = f"marks/{_EXPLANATIONS}"
     return [file[len(prefix) : -len(".json")] for file in run_dir.list("marks") if file.startswith(prefix)]
-
-
-def living_claims(run_dir: RunDir) -> list[str]:
-    """Who is writing to the run, in words: as far as this host can tell, by its own clock. Writes nothing."""
-    claims = _read_claims(Lock(run_dir, "check")._look())
-    return [str(claim) for claim in claims if not claim.cause_of_death(time.time_ns())]
 
 
 # --- the tables and U: every byte
