@@ -42,7 +42,7 @@ launch() {    # NAME RAY-START-ARGUMENTS...
     shift
     # a session of its own, which holds every process of this raylet
     setsid ray start --block --node-ip-address="$HOST" --object-store-memory="$STORE_BYTES" \
-        --min-worker-port=0 --max-worker-port=0 "$@" >"$CLUSTER_FOLDER/$name.log" 2>&1 </dev/null &
+        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 "$@" >"$CLUSTER_FOLDER/$name.log" 2>&1 </dev/null &
     pid=$!
     printf '%s\n%s\n' "$pid" "$(started_at "$pid")" >"$CLUSTER_FOLDER/$name.pid"
 }
@@ -51,12 +51,17 @@ answers() {    # PORT
     (exec 3<>"/dev/tcp/$HOST/$1") 2>/dev/null
 }
 
-await() {    # NAME PORT
-    local left=$WAIT_SECONDS
-    until answers "$2"; do
-        if ! is_ours "$CLUSTER_FOLDER/$1.pid" || ((left-- == 0)); then
-            say "$1 did not come up; its last lines:"
-            tail -n 8 "$CLUSTER_FOLDER/$1.log" >&2
+has_started() {    # NAME
+    grep -q "Ray runtime started" "$CLUSTER_FOLDER/$1.log"
+}
+
+await() {    # NAME COMMAND...
+    local name=$1 left=$WAIT_SECONDS
+    shift
+    until "$@"; do
+        if ! is_ours "$CLUSTER_FOLDER/$name.pid" || ((left-- == 0)); then
+            say "$name did not come up; its last lines:"
+            tail -n 8 "$CLUSTER_FOLDER/$name.log" >&2
             stop
             exit 4
         fi
@@ -88,13 +93,14 @@ start() {
     fi
     launch head --head --port="$GCS_PORT" --num-cpus=0 --num-gpus=0 \
         --dashboard-host="$HOST" --dashboard-port="$DASHBOARD_PORT" --include-dashboard=true
-    await head "$GCS_PORT"
-    await head "$DASHBOARD_PORT"
+    await head answers "$GCS_PORT"
+    await head answers "$DASHBOARD_PORT"
     for ((number = 1; number <= workers; number++)); do
         launch "worker-$number" --address="$HOST:$GCS_PORT" --num-cpus="$WORKER_CPUS" --num-gpus="$WORKER_GPUS" \
-            --dashboard-agent-listen-port=0 --include-log-monitor=false
+            --include-log-monitor=false
+        await "worker-$number" has_started "worker-$number"    # those that start at once get in one another's way
     done
-    say "$workers workers on their way; logs in $CLUSTER_FOLDER"
+    say "$workers workers; logs in $CLUSTER_FOLDER"
     if [[ $RAY_AUTH_MODE == token ]]; then
         say "the cluster asks for a token: export RAY_CLUSTER_TOKEN=\$(ray get-auth-token), and token_env in the file"
     fi

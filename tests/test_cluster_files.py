@@ -321,6 +321,7 @@ def local(tmp_path):
         f'printf "%s\\n" "$*" >> {tmp_path}/calls\n'
         "ports=$(grep -oE -- '--(port|dashboard-port)=[0-9]+' <<< \"$*\" | cut -d= -f2)\n"
         "sleep 300 & keep=$!\n"
+        "echo 'Ray runtime started.'\n"
         "trap 'kill $keep; exit 0' TERM\n"
         f'for port in $ports; do "{sys.executable}" -m http.server "$port" --bind 127.0.0.1 & done\n'
         "wait $keep\n"

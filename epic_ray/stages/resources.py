@@ -136,14 +136,13 @@ def demand_seen(folders: dict[str, str], proof: tuple[str, str] | None) -> None:
     nodes = alive_nodes()
     if len(nodes) < 2:
         return
-    look = ray.remote(_unseen).options(num_cpus=0, max_retries=0)
-    asked = {
-        node["NodeManagerAddress"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(folders, proof)
-        for node in nodes
-    }
-    for address, answer in asked.items():
+    look = ray.remote(_unseen)
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        on_node = look.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        asked[node["NodeID"]] = (node["NodeManagerAddress"], on_node.remote(folders, proof))
+    for address, answer in asked.values():
         try:
             unseen = ray.get(answer, timeout=_LOOK_SECONDS)
         except (ray.exceptions.RayError, TimeoutError):

@@ -183,8 +183,13 @@ def _submit_patiently(connection: Connection, **job: Any) -> None:
         try:
             return connection.call(submit)
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{connection.origin}: the head answers, but its agent, which starts jobs, does not: see "
+                    "dashboard_agent.log on it (is its port taken by another Ray of that machine?)"
+                ) from None
         time.sleep(1.0)
 
 

@@ -50,7 +50,8 @@ class Head:
     def _run(self, *words: str) -> None:
         log = (self.folder / f"ray-{len(self.processes)}.log").open("wb")
         command = [str(_BIN / "ray"), "start", "--block", "--disable-usage-stats", *words]
-        command.append(f"--object-store-memory={_OBJECT_STORE_BYTES}")
+        # another Ray of this machine may have the port that agents listen on by default
+        command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--dashboard-agent-listen-port=0"]
         if "--head" in words:
             command.append(f"--temp-dir={self.folder / 't'}")
         self.processes.append(
