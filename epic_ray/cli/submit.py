@@ -83,10 +83,10 @@ def submit_explain(
     words = ["--split", split, *(["--limit", str(limit)] if limit else []), *(settings or [])]
 
     def sent(connection: Any) -> Any:
-        name, root = send.run_to_explain(connection, run, all_jobs(connection))
-        demand_free(connection, name)
-        reporter.say(f"{name}: submitting to {target.origin}")
-        return send.send_explain(connection, target, name, root, words)
+        found = send.find_submitted(connection, run, all_jobs(connection))
+        demand_free(connection, found.name)
+        reporter.say(f"{found.name}: submitting to {target.origin}")
+        return send.send_explain(connection, target, found, words)
 
     _send_and_follow(target, False, no_wait, as_json, reporter, sent)
 

@@ -21,7 +21,7 @@ from epic_ray.storage import is_uri
 from epic_ray.submission.connection import Connection
 from epic_ray.submission.follow import ending_of, exit_code_of, log_of
 from epic_ray.submission.jobs import Job, all_jobs, look_up, stop
-from epic_ray.submission.send import run_to_explain, send_archive
+from epic_ray.submission.send import find_submitted, send_archive
 from epic_ray.submission.target import Target
 
 DEFAULT_FOLDER = Path("collected")
@@ -58,7 +58,8 @@ def gather_remote(
     through_job: bool = False,
 ) -> dict[str, Any]:
     """Collects a run of a cluster: from its folder if that is seen from here, else through a job."""
-    name, root = run_to_explain(connection, run, all_jobs(connection))
+    found = find_submitted(connection, run, all_jobs(connection))
+    name, root = found.name, found.root
     run_dir = RunDir(root)
     if not through_job and (is_uri(root) or run_dir.exists(CONFIG)):
         return gather(run_dir, destination, reporter, partial, everything)

@@ -18,11 +18,11 @@ _SUFFIXES = (".py", ".md", ".typed", ".html", ".css", ".js", ".j2")
 
 
 @contextmanager
-def job_folder(config: RunConfig | None, in_image: bool) -> Iterator[Path]:
+def job_folder(config: RunConfig | None, in_image: bool, architecture: str | None = None) -> Iterator[Path]:
     """A temporary folder with all that a job needs: the `working_dir` of its runtime environment.
 
-    in_image: the cluster's machines have epic-ray installed, and only the run file and a factory's code travel. Raises
-    ConfigError where it would be larger than a MiB.
+    architecture: of a run whose settings are not at hand. in_image: the cluster's machines have epic-ray installed, and
+    only the run file and a factory's code travel. Raises ConfigError where it would be larger than a MiB.
     """
     with tempfile.TemporaryDirectory(prefix="epic-ray-job-") as name:
         folder = Path(name)
@@ -32,12 +32,13 @@ def job_folder(config: RunConfig | None, in_image: bool) -> Iterator[Path]:
             _copy(job_scripts(), folder / "jobs")
         if config:
             (folder / RUN_FILE).write_text(dump_config(config), encoding="utf-8")
-            if config.model.source == "factory":
-                _copy_factory(config.model.architecture, folder)
+            architecture = config.model.architecture if config.model.source == "factory" else None
+        if architecture and ":" in architecture:
+            _copy_factory(architecture, folder)
         size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if size_bytes > MOST_BYTES:
             raise ConfigError(
-                f"model.architecture: with the code of {config.model.architecture if config else 'the job'} the upload "
+                f"model.architecture: with the code of {architecture} the upload "
                 f"would take {size_bytes} bytes, more than {MOST_BYTES}; install that code on the cluster's machines"
             )
         yield folder

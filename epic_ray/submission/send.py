@@ -1,13 +1,14 @@
 """From settings to a job on a cluster: what is checked here, what travels, and under which name."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epic_ray.config import RunConfig, dump_config
 from epic_ray.errors import ClusterError, ConfigError
 from epic_ray.job import FROM_ENVIRONMENT
-from epic_ray.storage import is_uri, join
+from epic_ray.storage import is_uri, join, last_name
 from epic_ray.submission import kuberay
 from epic_ray.submission.connection import Connection
 from epic_ray.submission.jobs import Job, JobSpec, about_run, send
@@ -21,11 +22,12 @@ def send_train(connection: Connection, target: Target, config: RunConfig, flags:
         return send(connection, _train_spec(target, config, flags, folder))
 
 
-def send_explain(connection: Connection, target: Target, run: str, root: str, words: list[str]) -> Job:
-    """Sends the job that explains a run that lies at `root`."""
-    with job_folder(None, target.in_image) as folder:
-        command = script("explain", target.in_image)
-        return send(connection, JobSpec("explain", run, root, command, [root, *words], folder, target.runtime_env))
+def send_explain(connection: Connection, target: Target, run: "KnownRun", words: list[str]) -> Job:
+    """Sends the job that explains a run."""
+    with job_folder(None, target.in_image, run.model) as folder:
+        command, about = script("explain", target.in_image), {"model": run.model or ""}
+        spec = JobSpec("explain", run.name, run.root, command, [run.root, *words], folder, target.runtime_env, about)
+        return send(connection, spec)
 
 
 def send_archive(connection: Connection, target: Target, run: str, root: str, words: list[str]) -> Job:
@@ -92,16 +94,28 @@ def _train_spec(target: Target, config: RunConfig, flags: list[str], folder: Pat
     )
 
 
-def run_to_explain(connection: Connection, run: str | None, jobs: list[Job]) -> tuple[str, str]:
-    """Name and address of the run that a command means: an address, or the newest attempt at a name."""
-    if run and (is_uri(run) or "/" in run):
-        return run.rstrip("/").rsplit("/", 1)[-1], run.rstrip("/")
-    trained = [job for job in jobs if job.what == "train" and run in (None, job.run, job.id)]
-    if not trained:
-        known = ", ".join(sorted({job.run for job in jobs if job.what == "train"})) or "none"
-        raise ConfigError(
-            f"{run or 'RUN'}: no training job of that name on {connection.origin} (it knows: {known}); name the run's "
-            "folder or address"
-        )
-    newest = max(trained, key=lambda job: (job.started_at or 0.0, job.attempt))
-    return newest.run, newest.root
+@dataclass(frozen=True)
+class KnownRun:
+    """A run of a cluster: its name, the address of its folder, and its architecture where a job tells it."""
+
+    name: str
+    root: str
+    model: str | None
+
+
+def find_submitted(connection: Connection, run: str | None, jobs: list[Job]) -> KnownRun:
+    """The run that a command means: an address, or the newest attempt at a name. Raises ConfigError."""
+    is_address = run is not None and (is_uri(run) or "/" in run)
+    root = run.rstrip("/") if run and is_address else None
+    trained = [job for job in jobs if job.what == "train"]
+    meant = [job for job in trained if (job.root == root if is_address else run in (None, job.run, job.id))]
+    if meant:
+        newest = max(meant, key=lambda job: (job.started_at or 0.0, job.attempt))
+        return KnownRun(newest.run, newest.root, newest.model)
+    if root:
+        return KnownRun(last_name(root), root, None)
+    known = ", ".join(sorted({job.run for job in trained})) or "none"
+    raise ConfigError(
+        f"{run or 'RUN'}: no training job of that name on {connection.origin} (it knows: {known}); name the run's "
+        "folder or address"
+    )

@@ -1,4 +1,4 @@
-"""Real heads of Ray on loopback, with raylets beside them: started, killed and ended process by process.
+"""Real heads of Ray on loopback, with raylets beside them: started and killed process by process.
 
 with start_head(folder, workers=2) as head: epic_ray("list", "--address", head.address)
 """
@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Head:
     port: int
     dashboard_port: int
     environment: dict[str, str]
+    token: str | None = None
     processes: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -67,8 +69,7 @@ class Head:
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
     def _get(self, path: str) -> dict | None:
-        token = self.environment.get("RAY_AUTH_TOKEN")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         request = urllib.request.Request(self.address + path, headers=headers)
         with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as answer:
             return json.loads(answer.read())
@@ -82,16 +83,6 @@ class Head:
                     os.kill(child, signal.SIGKILL)
             process.wait()
         self.processes.clear()
-
-    def end(self) -> None:
-        """Ends the processes in good order, and what is left of them."""
-        for process in reversed(self.processes):
-            process.terminate()
-        deadline = time.monotonic() + 15
-        for process in reversed(self.processes):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0.1))
-        self.kill()
 
 
 def _descendants(pid: int) -> list[int]:
@@ -111,16 +102,16 @@ def _descendants(pid: int) -> list[int]:
 
 @contextmanager
 def start_head(
-    folder: Path, workers: int = 0, cpus: int = 2, head_cpus: int = 4, gpus: int = 0, token: str | None = None
+    workers: int = 0, cpus: int = 2, head_cpus: int = 4, gpus: int = 0, token: str | None = None
 ) -> Iterator[Head]:
     """A head with its raylets. `head_cpus=0`: the head drives, and all work is elsewhere."""
-    head = Head(folder, free_port(), free_port(), ray_environment(token))
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        head.start(workers, cpus, head_cpus, gpus)
-        yield head
-    finally:
-        head.end()
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:  # names of sockets are short
+        head = Head(Path(folder), free_port(), free_port(), ray_environment(token), token)
+        try:
+            head.start(workers, cpus, head_cpus, gpus)
+            yield head
+        finally:
+            head.kill()
 
 
 def ray_environment(token: str | None = None) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A run on a real cluster, from another process's point of view: submitted, followed, stopped, resumed, collected."""
 
+import itertools
 import json
 import signal
 import socket
@@ -24,6 +25,7 @@ from epic_ray.run_dir import RunDir
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
+SECRET = "0123456789abcdef-secret-of-these-tests"
 SLOW_NET = """
 import os, time
 from epic_ray.demo import DigitNet
@@ -56,13 +58,14 @@ class Laptop:
     def run_dir(self) -> RunDir:
         return RunDir(f"{self.folder}/runs/{self.name}")
 
-    def call(self, head: Head, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
-        return epic_ray(*words, "--address", head.address, folder=self.folder, **options)
+    def call(self, head: Head, *words: str) -> subprocess.CompletedProcess[str]:
+        environment = client_environment(head.token)
+        return epic_ray(*words, "--address", head.address, folder=self.folder, environment=environment)
 
-    def start(self, head: Head, *words: str) -> subprocess.Popen[str]:
+    def start(self, head: Head, *words: str, address: str = "") -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command(*words, "--address", head.address), cwd=self.folder, env=client_environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            command(*words, "--address", address or head.address), cwd=self.folder, text=True,
+            env=client_environment(head.token), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def wait(self, head: Head, until) -> dict:
@@ -93,15 +96,19 @@ def basis(folder: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head that only drives, and two raylets that work."""
-    with start_head(tmp_path_factory.mktemp("h"), workers=2, cpus=2, head_cpus=0) as head:
+def head() -> Iterator[Head]:
+    """A head that only drives and asks for a token, and two raylets that work."""
+    with start_head(workers=2, cpus=2, head_cpus=0, token=SECRET) as head:
         yield head
+
+
+_numbers = itertools.count(1)
 
 
 @pytest.fixture
 def laptop(patches: Path, tmp_path: Path) -> Laptop:
-    return Laptop(tmp_path / "laptop", patches, "photos")
+    """Of each test its own, with a run of its own name: the head is shared."""
+    return Laptop(tmp_path / "laptop", patches, f"photos{next(_numbers)}")
 
 
 @pytest.fixture(scope="module")
@@ -118,18 +125,18 @@ def alone(patches: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: 
 def test_a_run_is_submitted_followed_collected_explained_and_collected_again(head, laptop, alone):
     sent = laptop.call(head, "submit", "train", "--no-wait", "--json")
     assert sent.returncode == 0, sent.stderr
-    assert json.loads(sent.stdout)["id"] == "photos-1"
-    assert sent.stderr.splitlines()[0] == f"photos: submitting to {head.address}"
+    assert json.loads(sent.stdout)["id"] == f"{laptop.name}-1"
+    assert sent.stderr.splitlines()[0] == f"{laptop.name}: submitting to {head.address}"
 
-    followed = laptop.call(head, "logs", "-f", "photos")
+    followed = laptop.call(head, "logs", "-f", laptop.name)
     assert followed.returncode == 0, followed.stderr
     assert "features: 135 images in" in followed.stderr
-    assert followed.stderr.splitlines()[-1].startswith("photos-1: finished in ")
+    assert followed.stderr.splitlines()[-1].startswith(f"{laptop.name}-1: finished in ")
     assert "@epic-ray" not in followed.stderr
     facts = laptop.wait(head, lambda facts: facts["status"] == "SUCCEEDED")
     assert (facts["exit_code"], facts["stages"]["features"], facts["failed"]) == (0, 135, 0)
 
-    collected = laptop.call(head, "collect", "photos", "copy", "--json")
+    collected = laptop.call(head, "collect", laptop.name, "copy", "--json")
     assert collected.returncode == 0, collected.stderr
     copy = laptop.folder / "copy"
     wanted = {name: table for name, table in tables(alone).items() if "explanations" not in name}
@@ -139,12 +146,14 @@ def test_a_run_is_submitted_followed_collected_explained_and_collected_again(hea
     explained = laptop.call(head, "submit", "explain", "--split", "val")
     assert explained.returncode == 0, explained.stderr
     assert "45 images of val explained" in explained.stderr
-    again = laptop.call(head, "collect", "photos", "copy", "--through-job", "--json")
+    again = laptop.call(head, "collect", laptop.name, "copy", "--through-job", "--json")
     assert again.returncode == 0, again.stderr
     assert tables(copy) == tables(alone)
     listed = json.loads(laptop.call(head, "list", "--json").stdout)
     own = [job for job in listed if job["root"] == str(laptop.run_dir)]
     assert [(job["what"], job["status"]) for job in own][:2] == [("train", "SUCCEEDED"), ("explain", "SUCCEEDED")]
+    files = [file for file in laptop.folder.rglob("*") if file.is_file()]
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == [], "a token is written nowhere"
 
 
 def test_a_failing_job_ends_the_command_with_its_own_code_and_words(head, laptop, tmp_path):
@@ -170,27 +179,29 @@ def test_a_running_run_keeps_its_name_can_be_left_and_stopped_and_its_half_is_no
     taken = laptop.call(head, "submit", "train")
     assert taken.returncode == 2
     first = taken.stderr.splitlines()[0]
-    assert first.startswith(f"ConfigError: photos: photos-1 (train) is running on {head.address}; follow it by")
+    assert first.startswith(
+        f"ConfigError: {laptop.name}: {laptop.name}-1 (train) is running on {head.address}; follow it by"
+    )
 
-    left = laptop.start(head, "logs", "-f", "photos")
+    left = laptop.start(head, "logs", "-f", laptop.name)
     time.sleep(4)
     left.send_signal(signal.SIGINT)
     _, said = left.communicate(timeout=30)
     assert left.returncode == 130, said
-    assert "photos-1: no longer followed, and goes on; follow: epic-ray logs -f photos" in said
+    assert f"{laptop.name}-1: no longer followed, and goes on; follow: epic-ray logs -f {laptop.name}" in said
 
-    stopped = laptop.call(head, "stop", "photos")
-    assert (stopped.returncode, stopped.stdout) == (0, "photos-1: stopped\n"), stopped.stderr
+    stopped = laptop.call(head, "stop", laptop.name)
+    assert (stopped.returncode, stopped.stdout) == (0, f"{laptop.name}-1: stopped\n"), stopped.stderr
     _, said = following.communicate(timeout=60)
     assert following.returncode == 143, said
-    assert said.splitlines()[-1].startswith("photos-1: was stopped; what is finished is kept")
+    assert said.splitlines()[-1].startswith(f"{laptop.name}-1: was stopped; what is finished is kept")
     laptop.gate.unlink()
 
-    half = laptop.call(head, "collect", "photos", "copy")
+    half = laptop.call(head, "collect", laptop.name, "copy")
     assert half.returncode == 6, half.stderr
     assert half.stderr.startswith("ResultError: ")
     assert not (laptop.folder / "copy").exists()
-    partial = laptop.call(head, "collect", "photos", "copy", "--partial")
+    partial = laptop.call(head, "collect", laptop.name, "copy", "--partial")
     assert partial.returncode == 0, partial.stderr
     assert not (laptop.folder / "copy" / "run.json").exists()
 
@@ -244,10 +255,7 @@ def test_a_log_stream_that_drops_is_taken_up_again_without_loss_or_repetition(he
     laptop.gate.touch()
     proxy = Proxy(head.dashboard_port)
     try:
-        following = subprocess.Popen(
-            command("submit", "train", "--address", proxy.address), cwd=laptop.folder, env=client_environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        following = laptop.start(head, "submit", "train", address=proxy.address)
         laptop.wait(head, lambda facts: facts["stage"] == "features" and facts["actors_alive"])
         assert proxy.cut() > 0
         laptop.gate.unlink()
@@ -258,13 +266,13 @@ def test_a_log_stream_that_drops_is_taken_up_again_without_loss_or_repetition(he
         proxy.close()
     assert following.returncode == 0, said
     lines = said.splitlines()
-    assert len([line for line in lines if line.startswith("photos: slow_net:net")]) == 1
+    assert len([line for line in lines if line.startswith(f"{laptop.name}: slow_net:net")]) == 1
     assert len([line for line in lines if line.startswith("features: 135 images in")]) == 1
 
 
 def test_a_head_that_was_lost_and_started_again_resumes_the_run(patches, tmp_path, alone):
     laptop = Laptop(tmp_path / "laptop", patches, "photos", features={"unit_size": 16})
-    with start_head(tmp_path / "h", head_cpus=4) as head:
+    with start_head(head_cpus=4) as head:
         following = laptop.start(head, "submit", "train")
         laptop.wait(head, lambda facts: facts["done"])
         laptop.gate.touch()
@@ -284,33 +292,23 @@ def test_a_head_that_was_lost_and_started_again_resumes_the_run(patches, tmp_pat
         assert f"{before} of {record['units']['all']} units are there already" in done.stderr
 
 
-def test_a_cluster_with_a_token_takes_the_right_one_alone_and_shows_none(patches, tmp_path):
-    secret = "0123456789abcdef-secret-of-this-test"
-    laptop = Laptop(tmp_path / "laptop", patches, "photos")
-    with start_head(tmp_path / "h", head_cpus=4, token=secret) as head:
-        address_file = laptop.folder / "cluster.yaml"
-        address_file.write_text(yaml.safe_dump({"address": head.address, "token_env": "CLUSTER_TOKEN"}))
+def test_a_cluster_with_a_token_takes_the_right_one_alone(head, laptop):
+    (laptop.folder / "cluster.yaml").write_text(yaml.safe_dump({"address": head.address, "token_env": "MY_TOKEN"}))
+    nothing = client_environment() | {"RAY_AUTH_MODE": "token", "HOME": str(laptop.folder)}
 
-        def submit(token: str | None) -> subprocess.CompletedProcess[str]:
-            environment = client_environment() | ({"CLUSTER_TOKEN": token} if token else {})
-            words = ("submit", "train", "--cluster", "cluster.yaml")
-            return epic_ray(*words, folder=laptop.folder, environment=environment)
+    def submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+        return epic_ray("submit", "train", *words, folder=laptop.folder, environment=environment)
 
-        missing = laptop.call(head, "submit", "train")
+    for environment in (client_environment(), nothing):
+        missing = submit(environment, "--address", head.address)
         assert missing.returncode == 4
-        assert missing.stderr.startswith(
-            f"ClusterError: {head.address}: the cluster asks for a token and none was sent"
-        )
-        wrong = submit("another-token-of-the-same-length-00")
-        assert wrong.returncode == 4
-        assert wrong.stderr.startswith("ClusterError: cluster.yaml: the cluster refuses the token that was sent")
-        assert len(wrong.stderr.splitlines()) == 1
-        right = submit(secret)
-        assert right.returncode == 0, right.stderr
-        by_ray = epic_ray(
-            "list", "--address", head.address, folder=laptop.folder, environment=client_environment(secret)
-        )
-        assert "photos-1" in by_ray.stdout, by_ray.stderr
-    written = [file for file in laptop.folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
-    assert written == []
-    assert secret not in right.stderr + right.stdout + wrong.stderr
+        error = missing.stderr.splitlines()[-1]
+        assert error.startswith(f"ClusterError: {head.address}: the cluster asks for a token and none was sent")
+    wrong = submit(client_environment() | {"MY_TOKEN": "another-token"}, "--cluster", "cluster.yaml")
+    assert wrong.returncode == 4
+    assert wrong.stderr.startswith("ClusterError: cluster.yaml: the cluster refuses the token that was sent")
+    assert len(wrong.stderr.splitlines()) == 1
+    right = submit(client_environment() | {"MY_TOKEN": SECRET}, "--cluster", "cluster.yaml", "--no-wait")
+    assert right.returncode == 0, right.stderr
+    assert SECRET not in right.stderr + right.stdout
+    assert laptop.call(head, "stop", laptop.name).returncode == 0
