@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import small_settings
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,14 +23,25 @@ from typer.testing import CliRunner
 
 import epic_ray
 from epic_ray import pipeline
-from epic_ray.cli import demo, explain, train
+from epic_ray.cli import clusters, demo, explain, jobs, submit, train
 from epic_ray.cli.app import app
-from epic_ray.config import dump_config, load_config, resolve_paths
+from epic_ray.config import dump_config, load_config, portable, resolve_paths
 from epic_ray.demo import digit_net
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import CONFIG, RUN, RunDir, round_file
+from epic_ray.submission.kuberay import RUN_FILE_VARIABLE, unpack_run_file
 
-COMMANDS = {demo: ["demo"], explain: ["explain"], train: ["init", "validate", "plan", "train", "submit"]}
+ROOT = Path(__file__).resolve().parents[1]
+
+COMMANDS = {
+    demo: ["demo"],
+    explain: ["explain"],
+    train: ["init", "validate", "plan", "train"],
+    submit: ["submit"],
+    jobs: ["list", "status", "logs", "stop", "collect"],
+    clusters: ["cluster"],
+}
+NO_HEAD = ["--address", "http://127.0.0.1:1"]
 
 
 def command(*arguments: str | Path) -> tuple[int, str, str]:
@@ -139,7 +151,8 @@ def test_no_run_file_ends_with_2_before_anything_heavy_is_imported(tmp_path):
 
 @pytest.mark.parametrize("name", ["train", "validate", "plan", "submit train"])
 def test_unknown_settings_end_with_2_naming_the_nearest_key(name, run_file):
-    told = fails(2, "ConfigError: ", *name.split(), run_file(), "--set", "fit.sede=1", "--set", "data.rot=x")
+    where = NO_HEAD if name.startswith("submit") else []
+    told = fails(2, "ConfigError: ", *name.split(), run_file(), "--set", "fit.sede=1", "--set", "data.rot=x", *where)
     assert told.splitlines() == [
         f"ConfigError: {run_file()}: 2 wrong setting(s)",
         "  data.rot: unknown setting; did you mean `root`?",
@@ -254,8 +267,54 @@ def test_an_output_that_cannot_be_written_ends_with_3(run_file, tmp_path):
 # --- clusters: 4
 
 
-def test_a_cluster_that_cannot_be_had_ends_with_4(run_file):
-    fails(4, "ClusterError: --cluster x.yaml: ", "submit", "train", run_file(), "--cluster", "x.yaml")
+def test_a_head_that_is_not_there_ends_with_4(run_file):
+    told = "ClusterError: http://127.0.0.1:1: no Ray answers at http://127.0.0.1:1 (connection refused)"
+    fails(4, told, "submit", "train", run_file(), *NO_HEAD)
+    for name in (["list"], ["status"], ["logs", "-f"], ["stop"], ["submit", "explain"], ["collect"]):
+        fails(4, told, *name, *NO_HEAD)
+
+
+def test_a_cluster_that_is_not_named_ends_with_2_and_every_way_to_name_one(run_file, monkeypatch):
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in (["submit", "train", run_file()], ["list"], ["status"], ["stop"], ["submit", "explain"]):
+        told = fails(2, "ConfigError: no cluster is named; give one of", *name)
+        assert all(way in told for way in ("--cluster FILE", "--cluster local", "--address", "RAY_API_SERVER_ADDRESS"))
+
+
+def test_the_settings_and_the_cluster_are_judged_together(run_file):
+    arguments = ["submit", "train", run_file(), "--set", "fit.sede=1", "--cluster", "absent.yaml"]
+    told = fails(2, "ConfigError: --cluster absent.yaml: no such file", *arguments)
+    assert "did you mean `seed`?" in told
+
+
+@pytest.mark.parametrize("kind", ["launcher", "raycluster", "rayjob", "address"])
+def test_the_literal_command_takes_a_cluster_yaml_of_every_kind(kind, tmp_path, monkeypatch):
+    """In a folder with what `epic-ray init` writes: each is understood, and the head that is not there is named."""
+    files = {"launcher": "aws.yaml", "raycluster": "kuberay-cluster.yaml", "rayjob": "kuberay-job.yaml"}
+    monkeypatch.chdir(tmp_path)
+    assert command("init")[0] == 0
+    text = "address: http://127.0.0.1:1\n"
+    if kind in files:
+        text = (ROOT / "cluster" / files[kind]).read_text(encoding="utf-8")
+    if kind == "launcher":
+        text = text.replace("    tunnel: true", "    address: http://127.0.0.1:1\n    tunnel: true")
+    if kind == "raycluster":
+        text = text.replace("epic-ray/address: http://127.0.0.1:8265", "epic-ray/address: http://127.0.0.1:1")
+    Path("cluster.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("RAY_CLUSTER_TOKEN", "a-token")
+    if kind != "rayjob":
+        fails(4, "ClusterError: cluster.yaml: no Ray answers at http://127.0.0.1:1", "submit", "train", "--cluster",
+              "cluster.yaml")  # fmt: skip
+        return
+    exit_code, stdout, _ = command("submit", "train", "--cluster", "cluster.yaml", "--dry-run")
+    manifest = yaml.safe_load(stdout)
+    assert (exit_code, manifest["kind"]) == (0, "RayJob")
+    assert manifest["metadata"]["name"].startswith("my-run-")
+    variables = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])["env_vars"]
+    (tmp_path / "back.yaml").write_text(unpack_run_file(variables[RUN_FILE_VARIABLE]), encoding="utf-8")
+    assert load_config(tmp_path / "back.yaml") == portable(load_config(Path("run.yaml")))
+    assert manifest["spec"]["entrypoint"] == "python -m epic_ray._jobs.train -"
 
 
 # --- what works without a run
@@ -316,7 +375,7 @@ def test_train_prints_a_summary_or_json_and_its_talk_on_stderr(finished, tmp_pat
     assert exit_code == 0
     assert json.loads(stdout) == finished.read_json(RUN)
     assert "prototypes: reused" in stderr.splitlines()
-    exit_code, stdout, stderr = command("submit", "train", file, "--quiet")
+    exit_code, stdout, stderr = command("train", file, "--quiet")
     assert (exit_code, stderr) == (0, "")
     assert stdout.splitlines()[0].startswith("small: done in ")
     assert f"epic-ray explain {finished} --split val" in stdout

@@ -355,6 +355,7 @@ def test_scripts_are_sound_to_bash(file):
     assert "ray stop" not in text  # it ends every Ray of the machine
 
 
+@pytest.mark.slow
 def test_the_local_cluster_starts_a_head_and_workers_and_ends_them_alone(local, tmp_path):
     ports = free_ports()
     bystander = subprocess.Popen(["sleep", "300"])

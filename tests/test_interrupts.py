@@ -214,6 +214,7 @@ def test_a_command_that_waits_for_ray_ends_at_once(command, number):
     assert time.monotonic() - begin < 40
 
 
+@pytest.mark.slow
 @both
 def test_the_job_on_a_cluster_ends_with_the_same_codes(start, number):
     job = Path(__file__).resolve().parents[1] / "jobs" / "train.py"

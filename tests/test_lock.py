@@ -122,6 +122,7 @@ def is_refused(run_dir: RunDir) -> bool:
 # --- one at a time
 
 
+@pytest.mark.slow
 def test_a_second_start_is_told_who_holds_the_run_and_goes_on_when_it_is_free(run_dir, start):
     process = holder(start, run_dir)
     message = (
@@ -200,6 +201,7 @@ def written_by(write: Callable[[pa.NativeFile], None]) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late_seconds", [0.3, 0.8], ids=["within the time to settle", "later than that"])
 def test_a_claim_that_appears_late_does_not_make_a_second_owner(on_disk, monkeypatch, late_seconds):
     """The time of a file is that of its writing: the late claim is the earlier one."""
@@ -281,6 +283,7 @@ def test_a_stopped_start_goes_on_after_a_pause_but_not_after_another_took_over(o
         assert len(on_disk.list("locks")) == 2
 
 
+@pytest.mark.slow
 def test_who_was_silent_for_too_long_learns_that_the_run_is_lost(run_dir, monkeypatch):
     monkeypatch.setattr(lock, "_SILENT_SECONDS", 2.0)  # a heartbeat is due after ten
     with hold(run_dir, "train") as first:
@@ -295,6 +298,7 @@ def test_who_was_silent_for_too_long_learns_that_the_run_is_lost(run_dir, monkey
             first.demand()
 
 
+@pytest.mark.slow
 def test_heartbeats_keep_a_claim_alive_and_end_with_it(run_dir, monkeypatch):
     monkeypatch.setattr(lock, "_SILENT_SECONDS", 3.0)
     monkeypatch.setattr(lock, "_BEAT_SECONDS", 0.3)
@@ -334,7 +338,7 @@ def test_a_fork_does_not_let_go_of_the_run_of_its_parent(on_disk):
     ids=["elsewhere", "empty", "half", "list", "bytes", "odd pid", "huge pid"],
 )
 def test_a_claim_from_elsewhere_or_unreadable_counts_by_its_age(on_disk, claim):
-    path = leave_claim(on_disk, claim, 50)
+    path = leave_claim(on_disk, claim, 15)
     assert is_refused(on_disk)
     assert path.exists()
     leave_claim(on_disk, claim, 70)
@@ -346,11 +350,33 @@ def test_a_claim_from_elsewhere_or_unreadable_counts_by_its_age(on_disk, claim):
 
 def test_an_old_claim_with_a_young_heartbeat_lives(on_disk):
     leave_claim(on_disk, ELSEWHERE, 100_000)
-    beat = leave_claim(on_disk, b"owner", 20, "a.beat")
+    beat = leave_claim(on_disk, b"owner", 15, "a.beat")
     assert is_refused(on_disk)
     os.utime(beat, (time.time() - 70,) * 2)
     assert not is_refused(on_disk)
     assert on_disk.list("locks") == []
+
+
+@pytest.mark.slow
+def test_who_was_not_heard_for_two_beats_is_waited_for_and_succeeded_if_silent(on_disk, monkeypatch):
+    monkeypatch.setattr(lock, "_SILENT_SECONDS", 23.0)
+    leave_claim(on_disk, ELSEWHERE, 100_000)
+    leave_claim(on_disk, b"owner", 21, "a.beat")
+    start = time.monotonic()
+    with hold(on_disk, "train") as held:
+        assert "nothing was heard of it for" in held.freed[0]
+    assert 1 < time.monotonic() - start < 10
+
+
+def test_who_was_not_heard_for_two_beats_and_then_is_keeps_the_run(on_disk):
+    leave_claim(on_disk, ELSEWHERE, 100_000)
+    beat = leave_claim(on_disk, b"owner", 30, "a.beat")
+    heard = threading.Timer(1.5, lambda: os.utime(beat))
+    heard.start()
+    start = time.monotonic()
+    assert is_refused(on_disk)
+    assert time.monotonic() - start < 10
+    heard.join()
 
 
 def test_what_is_neither_a_claim_nor_of_one_goes_when_it_is_old(on_disk):

@@ -10,7 +10,7 @@ from epic_ray.errors import ConfigError
 File = Annotated[str, typer.Argument(metavar="FILE", help="A launcher file of Ray: cluster_name and provider.")]
 
 
-@cluster.command("up", epilog="epic-ray cluster up aws.yaml")
+@cluster.command("up", epilog="epic-ray cluster up aws.yaml  ·  epic-ray cluster up cluster/gcp.yaml")
 @guarded
 def up(file: File) -> None:
     """Start the cluster, or bring it up to date without a restart."""
@@ -21,7 +21,7 @@ def up(file: File) -> None:
     print(f"{target.name}: up; epic-ray submit train --cluster {file}")
 
 
-@cluster.command("down", epilog="epic-ray cluster down aws.yaml")
+@cluster.command("down", epilog="epic-ray cluster down aws.yaml  ·  epic-ray cluster down cluster/gcp.yaml")
 @guarded
 def down(file: File) -> None:
     """End every machine of the cluster; what lies on their own disks is lost."""

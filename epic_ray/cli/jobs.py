@@ -90,7 +90,7 @@ def logs(
         raise typer.Exit(code)
 
 
-@app.command(epilog="epic-ray stop photos --cluster cluster.yaml")
+@app.command(epilog="epic-ray stop photos --cluster cluster.yaml  ·  epic-ray stop photos-2 --cluster local")
 @guarded
 def stop(run: Run = None, cluster: Cluster = None, address: Address = None, as_json: Json = False) -> None:
     """Stop a running job; what is finished is kept, and submitting it again goes on from there."""

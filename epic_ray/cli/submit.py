@@ -1,5 +1,6 @@
 """`submit train` and `submit explain`: a job sent to a cluster and followed to its end."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -7,6 +8,7 @@ import typer
 
 from epic_ray.cli.app import Address, Cluster, Json, Quiet, guarded, print_json, submit
 from epic_ray.cli.train import Force, RetryFailed, RunFile, Settings, read_run_file
+from epic_ray.errors import ConfigError
 
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Return once the job is sent.")]
 Up = Annotated[bool, typer.Option("--up", help="Start the cluster of a launcher file first.")]
@@ -37,8 +39,9 @@ def submit_train(
     from epic_ray.submission import send
     from epic_ray.submission.jobs import demand_free
 
-    target = _target(cluster, address, in_image)
-    config = portable(read_run_file(run_file, settings))
+    target, config = _both(
+        lambda: _target(cluster, address, in_image), lambda: portable(read_run_file(run_file, settings))
+    )
     reporter = make_reporter(quiet)
     flags = [name for name, given in (("--force", force), ("--retry-failed", retry_failed)) if given]
     if target.kind == "rayjob":
@@ -59,7 +62,10 @@ def submit_train(
     _send_and_follow(target, up, no_wait, as_json, reporter, sent)
 
 
-@submit.command("explain", epilog="epic-ray submit explain --split val --cluster cluster.yaml")
+@submit.command(
+    "explain",
+    epilog="epic-ray submit explain --split val --cluster cluster.yaml  ·  epic-ray submit explain photos --cluster local",
+)
 @guarded
 def submit_explain(
     run: Annotated[str | None, typer.Argument(help="A submitted run's name, or a run's folder or address.")] = None,
@@ -89,6 +95,19 @@ def submit_explain(
         return send.send_explain(connection, target, found, words)
 
     _send_and_follow(target, False, no_wait, as_json, reporter, sent)
+
+
+def _both(*ask: Callable[[], Any]) -> list[Any]:
+    """What each gives. Raises one ConfigError for the faults of all."""
+    found, faults = [], []
+    for each in ask:
+        try:
+            found.append(each())
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return found
 
 
 def _target(cluster: str | None, address: str | None, in_image: bool) -> Any:

@@ -347,6 +347,7 @@ def plugin(tmp_path, monkeypatch) -> Plugin:
     return Plugin(folder)
 
 
+@pytest.mark.slow
 @LINUX
 def test_an_image_that_kills_the_decoder_costs_its_own_row_alone(plugin, capfd):
     good = [encoded(picture(seed=seed), "PNG") for seed in range(4)]
@@ -443,6 +444,7 @@ print("not reached")
     assert "in decode_plainly" in err
 
 
+@pytest.mark.slow
 def test_the_watchdog_sleeps_while_images_are_read_and_after_the_last():
     body = """
 import time
@@ -459,6 +461,7 @@ print("alive")
         assert process.communicate(timeout=120) == ("alive\n", "")
 
 
+@pytest.mark.slow
 @LINUX
 def test_plain_decoding_without_enough_memory_asks_for_care_and_calls_the_watchdog_off(tmp_path):
     (tmp_path / "large.png").write_bytes(encoded(Image.new("1", (12_000, 12_000)), "PNG"))

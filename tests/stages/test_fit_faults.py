@@ -64,8 +64,8 @@ class Listener(Reporter):
         self.told.append(text)
 
     @contextmanager
-    def stage(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
-        self.meter = Meter()
+    def stage(self, name: str, total: int | None, unit: str, brief: bool = False, already: int = 0) -> Iterator[Meter]:
+        self.meter = Meter(already)
         yield self.meter
 
     @property
@@ -528,8 +528,8 @@ def test_an_interrupt_while_the_workers_start_leaves_nothing(prepared, tmp_path)
 def test_a_round_that_is_half_there_when_it_is_looked_at_is_shown_later(tmp_path):
     run_dir, listener = RunDir(str(tmp_path)), Listener()
     job: Any = SimpleNamespace(run_dir=run_dir)
-    run_dir.publish_bytes(round_file(1), b"half")
     with fit._progress(job, 2, listener):
+        run_dir.publish_bytes(round_file(1), b"half")
         time.sleep(1.2)
         assert listener.meter.done == 0
         torch.save({"history": [{"purity_start": 0.1, "purity_end": 0.2}]}, run_dir.path(round_file(1)))
@@ -537,7 +537,8 @@ def test_a_round_that_is_half_there_when_it_is_looked_at_is_shown_later(tmp_path
     assert listener.told == []
 
 
-def fail_after_a_while() -> None:
+def fail_after_half_a_round(run_dir: RunDir) -> None:
+    run_dir.publish_bytes(round_file(1), b"half")
     time.sleep(0.7)
     raise ZeroDivisionError
 
@@ -545,8 +546,7 @@ def fail_after_a_while() -> None:
 def test_rounds_that_cannot_be_shown_are_told_and_stop_nothing(tmp_path):
     run_dir, listener = RunDir(str(tmp_path)), Listener()
     job: Any = SimpleNamespace(run_dir=run_dir)
-    run_dir.publish_bytes(round_file(1), b"half")
     with pytest.raises(ZeroDivisionError), fit._progress(job, 2, listener):
-        fail_after_a_while()
+        fail_after_half_a_round(run_dir)
     assert len(listener.told) == 1
     assert "is no whole round" in listener.told[0]

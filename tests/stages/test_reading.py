@@ -166,6 +166,7 @@ def test_rows_come_in_any_order(tmp_path, monkeypatch, piece_bytes):
     assert list(ImageReader("image").read_many(table)) == [images[row] for row in shuffled]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "limit_mb"),
     [({"row_group_size": 50}, 50 * 2.7), ({"row_group_size": 200, "use_dictionary": False, "write_batch_size": 8}, 60)],
@@ -201,6 +202,7 @@ def slow_store(gated_s3: tuple[Store, Gate], tmp_path: Path, form: str) -> tuple
     return table, source.image_column, [picture.data for picture in pictures]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["imagefolder", "webdataset"])
 def test_several_reads_of_a_slow_store_are_under_way_and_come_in_order(gated_s3, tmp_path, form):  # noqa: F811
     table, _, expected = slow_store(gated_s3, tmp_path, form)
@@ -211,6 +213,7 @@ def test_several_reads_of_a_slow_store_are_under_way_and_come_in_order(gated_s3,
     assert time.monotonic() - start < 60 * 0.2 / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["imagefolder", "webdataset", "parquet"])
 def test_a_store_that_is_away_for_two_seconds_is_waited_for(gated_s3, tmp_path, form):  # noqa: F811
     table, column, expected = slow_store(gated_s3, tmp_path, form)

@@ -213,6 +213,7 @@ def test_a_compressed_tar_file_is_to_be_unpacked(tmp_path, name):
             find_source(only_train(tmp_path, where), "train")
 
 
+@pytest.mark.slow
 def test_what_a_store_refuses_is_told(s3, gated_s3, monkeypatch):  # noqa: F811
     with pytest.raises(InputError, match=r"s3://absent-bucket.*NO_SUCH_BUCKET.*check the address and the rights"):
         find_source(only_train("s3://absent-bucket/x"), "train")

@@ -65,6 +65,7 @@ def test_a_factory_with_too_much_beside_it_is_refused_with_its_size(tmp_path, mo
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["train", "explain", "archive"])
 def test_the_scripts_start_from_the_folder_alone(config, job):
     with job_folder(config, in_image=False) as folder:
