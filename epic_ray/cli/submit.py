@@ -64,7 +64,7 @@ def submit_train(
 
 @submit.command(
     "explain",
-    epilog="epic-ray submit explain --split val --cluster cluster.yaml  ·  epic-ray submit explain photos --cluster local",
+    epilog="epic-ray submit explain --cluster cluster.yaml  ·  epic-ray submit explain photos --cluster local",
 )
 @guarded
 def submit_explain(
