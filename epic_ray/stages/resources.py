@@ -157,7 +157,8 @@ def demand_seen(folders: dict[str, str], proof: tuple[str, str] | None) -> None:
 def _unseen(folders: dict[str, str], proof: tuple[str, str] | None) -> str | None:
     """What this machine does not see, with the setting that names it."""
     for setting, path in folders.items():
-        if not Path(path).exists():
+        place = Path(path)
+        if not place.exists() or (place.is_dir() and not any(place.iterdir())):  # a disk that is not mounted
             return f"{setting}: {path}"
     if proof:
         file, digest = Path(proof[0]), proof[1]

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,19 +39,19 @@ class Head:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start(self, workers: int, cpus: int, head_cpus: int, gpus: int = 0) -> None:
-        self._run(
+        self.run(
             "--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1",
             "--node-ip-address=127.0.0.1", "--include-dashboard=true", f"--num-cpus={head_cpus}", f"--num-gpus={gpus}",
         )  # fmt: skip
         _await(self.is_up, "the dashboard answers")
         for number in range(1, workers + 1):  # one after the other: those that start at once share a session's files
             own = ("--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0")
-            self._run(f"--address=127.0.0.1:{self.port}", *own)
+            self.run(f"--address=127.0.0.1:{self.port}", *own)
             _await(lambda number=number: self.count_nodes() == 1 + number, f"raylet {number} has joined")
 
-    def _run(self, *words: str) -> None:
+    def run(self, *words: str, prefix: Sequence[str] = ()) -> None:
         log = (self.folder / f"ray-{len(self.processes)}.log").open("wb")
-        command = [str(_BIN / "ray"), "start", "--block", "--disable-usage-stats", *words]
+        command = [*prefix, str(_BIN / "ray"), "start", "--block", "--disable-usage-stats", *words]
         # another Ray of this machine may have the port that agents listen on by default
         command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--dashboard-agent-listen-port=0"]
         if "--head" in words:
