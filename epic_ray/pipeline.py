@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ from epic_ray.stages.loading import ClassNames, load, model_facts
 from epic_ray.stages.maps import map_bytes
 from epic_ray.stages.resources import Resources, demand_seen, likely_device, resolve_resources, start_ray, take_threads
 from epic_ray.tables import build_table, read_table, write_table
+
+# what a stage leaves beside the units of the pass and the manifest of each split
+_FILES = {
+    "images": [table_file("classes")],
+    "fit": [BASIS, BASIS_CARD, table_file("history")],
+    "prototypes": [table_file("prototypes"), table_file("purity")],
+}
 
 # --- train
 
@@ -60,7 +68,7 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     run.reporter.say(f"{run.config.name}: {_describe(run)}")
     start_ray(local)
     if not local:
-        demand_shared(run, settings)
+        demand_shared(run, run.run_dir.read_bytes(CONFIG))
     resources = resolve_resources(run.config.resources)
     made_from = run.fingerprints(resources.device)
     if not all(run.reusable(name, made_from[name]) for name in TRAIN_STAGES):
@@ -69,7 +77,8 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     # maps that were deleted to save space are made again only for a stage that reads them
     maps_wanted = run.maps_kept and not all(run.reusable(name, made_from[name]) for name in ("fit", "prototypes"))
     units_from = run.unit_fingerprint(resources.device)
-    marks = {"images": run.stage("images", made_from["images"], lambda: _images(run))}
+    there = {name: partial(_there, run, name) for name in _FILES}
+    marks = {"images": run.stage("images", made_from["images"], lambda: _images(run), there["images"])}
     if retry_failed:
         _forget_failed(run, units_from)
     marks |= {
@@ -87,9 +96,14 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     judged = [passes[split] for split in (FITTING_SPLIT, run.config.held_out_split) if split]
     marks |= {
         "fit": run.stage(
-            "fit", made_from["fit"], lambda: _fit(run, resources, passes[FITTING_SPLIT], made_from["fit"])
+            "fit",
+            made_from["fit"],
+            lambda: _fit(run, resources, passes[FITTING_SPLIT], made_from["fit"]),
+            there["fit"],
         ),
-        "prototypes": run.stage("prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, judged)),
+        "prototypes": run.stage(
+            "prototypes", made_from["prototypes"], lambda: _prototypes(run, resources, judged), there["prototypes"]
+        ),
     }
     record = make_record(
         run.config,
@@ -109,6 +123,12 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     run.run_dir.remove_temporaries()  # of processes that were lost on the way
     run.run_dir.publish_json(RUN, record)
     return record
+
+
+def _there(run: Run, stage: str) -> bool:
+    """Whether a stage's files are there, as its mark says: a damaged one is removed to be made again."""
+    names = [*_FILES[stage], *(table_file("manifest", split) for split in run.images if stage == "images")]
+    return all(run.run_dir.exists(name) for name in names)
 
 
 def demand_shared(run: Run, settings: bytes) -> None:

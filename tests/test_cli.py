@@ -282,6 +282,10 @@ def test_a_cluster_that_is_not_named_ends_with_2_and_every_way_to_name_one(run_f
         assert all(way in told for way in ("--cluster FILE", "--cluster local", "--address", "RAY_API_SERVER_ADDRESS"))
 
 
+def test_only_a_launcher_file_can_be_brought_up(run_file):
+    fails(2, "ConfigError: http://127.0.0.1:1: is no launcher file", "submit", "train", run_file(), *NO_HEAD, "--up")
+
+
 def test_the_settings_and_the_cluster_are_judged_together(run_file):
     arguments = ["submit", "train", run_file(), "--set", "fit.sede=1", "--cluster", "absent.yaml"]
     told = fails(2, "ConfigError: --cluster absent.yaml: no such file", *arguments)

@@ -65,6 +65,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                     print(f"{type(error).__name__}: {error}", file=sys.stderr)
                     check()  # what fails after an interrupt that was lost on its way, fails of it
                     raise typer.Exit(error.exit_code) from None
+                except typer.Exit:
+                    raise
                 except Exception:
                     check()
                     raise

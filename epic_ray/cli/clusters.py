@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from epic_ray.cli.app import cluster, guarded
-from epic_ray.errors import ConfigError
 
 File = Annotated[str, typer.Argument(metavar="FILE", help="A launcher file of Ray: cluster_name and provider.")]
 
@@ -33,12 +32,9 @@ def down(file: File) -> None:
 
 
 def _launcher(file: str) -> Any:
+    from epic_ray.submission.launcher import demand_launcher
     from epic_ray.submission.target import resolve_target
 
     target = resolve_target(file, None)
-    if target.kind != "launcher":
-        raise ConfigError(
-            f"{file}: is no launcher file (cluster_name, provider), so there is nothing to start or end; "
-            "a KubeRay cluster is created and deleted by kubectl"
-        )
+    demand_launcher(target)
     return target

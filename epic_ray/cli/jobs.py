@@ -134,7 +134,8 @@ def collect(
 
     reporter = make_reporter(quiet)
     options = {"partial": partial, "everything": everything}
-    if (run and (is_uri(run) or "/" in run)) or not has_target(cluster, address):
+    is_place = run is not None and (is_uri(run) or "/" in run)
+    if not (cluster or address) and (is_place or not has_target(cluster, address)):
         result = gather(find_run(run, root), destination, reporter, **options)
     else:
         with _reached(cluster, address) as (connection, target):

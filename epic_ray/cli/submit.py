@@ -1,5 +1,6 @@
 """`submit train` and `submit explain`: a job sent to a cluster and followed to its end."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
@@ -59,7 +60,7 @@ def submit_train(
             reporter.say(f"  {note}")
         return send.send_train(connection, target, config, flags)
 
-    _send_and_follow(target, up, no_wait, as_json, reporter, sent)
+    _send_and_follow(target, up, no_wait, as_json, quiet, reporter, sent)
 
 
 @submit.command(
@@ -94,7 +95,7 @@ def submit_explain(
         reporter.say(f"{found.name}: submitting to {target.origin}")
         return send.send_explain(connection, target, found, words)
 
-    _send_and_follow(target, False, no_wait, as_json, reporter, sent)
+    _send_and_follow(target, False, no_wait, as_json, quiet, reporter, sent)
 
 
 def _both(*ask: Callable[[], Any]) -> list[Any]:
@@ -132,14 +133,17 @@ def _render(target: Any, config: Any, flags: list[str], dry_run: bool, as_json: 
     print(f"rayjob/{name} applied in {namespace}; follow it: kubectl -n {namespace} logs -f -l job-name={name}")
 
 
-def _send_and_follow(target: Any, up: bool, no_wait: bool, as_json: bool, reporter: Any, sent: Any) -> None:
+def _send_and_follow(
+    target: Any, up: bool, no_wait: bool, as_json: bool, quiet: bool, reporter: Any, sent: Callable[[Any], Any]
+) -> None:
     from epic_ray.logs import quiet_ray
     from epic_ray.submission import launcher
     from epic_ray.submission.connection import reach, version_note
-    from epic_ray.submission.follow import ending_of, exit_code_of, follow, settled
+    from epic_ray.submission.follow import ending_of, exit_code_of, fault_of, follow, log_of, settled
 
     quiet_ray()
     if up:
+        launcher.demand_launcher(target)
         launcher.up(target)
     with reach(target) as connection:
         if note := version_note(connection):
@@ -155,10 +159,13 @@ def _send_and_follow(target: Any, up: bool, no_wait: bool, as_json: bool, report
             with suppress(Exception):
                 reporter.say(f"{job.id}: no longer followed, and goes on; {hints(job.run, target)}")
             raise typer.Exit(130) from None
-    reporter.say(ending_of(job))
+        code = exit_code_of(job)
+        if code and quiet:  # no progress, but what went wrong
+            print(fault_of(log_of(connection, job)), file=sys.stderr)
+    print(ending_of(job), file=sys.stderr) if code else reporter.say(ending_of(job))
     if as_json:
         print_json(_facts(job))
-    if code := exit_code_of(job):
+    if code:
         raise typer.Exit(code)
 
 

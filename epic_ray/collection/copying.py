@@ -92,7 +92,7 @@ def refusal(where: str, found: Iterable[Finding | str]) -> ResultError:
     listed = "\n".join([*lines[:_LISTED_FINDINGS], *more])
     return ResultError(
         f"{where}: the run is half done or damaged\n{listed}\n"
-        "run the same command again to finish it (a damaged file: remove it first), or take what is whole: --partial"
+        "train or submit the run again to finish it (a damaged file: remove it first), or take what is whole: --partial"
     )
 
 

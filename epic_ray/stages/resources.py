@@ -90,6 +90,7 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
     have, most = ray.cluster_resources(), cluster_limits()
     cpus, gpus_now = int(have.get("CPU", 0)), float(have.get("GPU", 0))
     gpus = int(max(gpus_now, most.get("GPU", 0)))
+    _demand_room(config, max(cpus, most.get("CPU", 0)), gpus_now, gpus)
     cores = available_cores()
     # few threads an actor: those of one forward wait for one another, those of two actors do not
     threads = max(1, min(4, cores // 4)) if config.threads_per_actor == "auto" else config.threads_per_actor
@@ -109,6 +110,20 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
     now = int(gpus_now / gpus_per_actor) if gpus_per_actor else _cpu_actors(cpus, threads)
     device = config.device if config.device != "auto" else ("cuda" if gpus_per_actor else "cpu")
     return Resources(actors, max(1, min(now, actors)), gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
+
+
+def _demand_room(config: ResourcesConfig, cpus: float, gpus_now: float, gpus: float) -> None:
+    """Raises ClusterError for what could only wait for ever: no CPU for decoding, an actor that fits no machine."""
+    if cpus < 1:
+        raise ClusterError(
+            "resources: Ray has no CPU for decoding, and no autoscaler that would bring one; add a machine with some"
+        )
+    largest = max((node["Resources"].get("GPU", 0.0) for node in alive_nodes()), default=0.0)
+    if config.gpus_per_actor != "auto" and gpus <= gpus_now and largest < config.gpus_per_actor <= gpus:
+        raise ClusterError(
+            f"resources: an actor is to hold {config.gpus_per_actor:g} GPUs, but the largest machine has {largest:g}; "
+            "lower resources.gpus_per_actor"
+        )
 
 
 def _cpu_actors(cpus: int, threads: int) -> int:

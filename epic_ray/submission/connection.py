@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 
@@ -17,6 +18,8 @@ Result = TypeVar("Result")
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
 # Ray lets these win over the address that it is given
+_LINE_END = "\n"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _OVERRIDING_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
@@ -28,17 +31,20 @@ class Connection:
         self.client = client
 
     def call(self, ask: Callable[[Any], Result]) -> Result:
-        """What a call of the SDK gives. Raises ClusterError, and RuntimeError for what the server itself refuses."""
+        """What a call of the SDK gives. Raises ClusterError, with the server's words for what it refuses."""
         with _clear_errors(self.address, self.origin):
             return ask(self.client)
+
+    def iterate(self, response: requests.Response, block_bytes: int) -> Iterator[bytes]:
+        """The blocks of an answer. Raises ClusterError where it breaks off."""
+        with _clear_errors(self.address, self.origin):
+            yield from response.iter_content(block_bytes)
 
     def get(self, path: str, stream: bool = False, **query: Any) -> requests.Response:
         """The answer to a GET. Raises ClusterError for one that cannot be had or is an error."""
         with _clear_errors(self.address, self.origin):
             # the SDK's own request: it carries the token, the headers and the certificates
-            response: requests.Response = self.client._do_request(
-                "GET", path, params=query, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), stream=stream
-            )
+            response: requests.Response = self.client._do_request("GET", path, params=query, stream=stream)
         if response.status_code != 200:
             text = response.text.strip().splitlines()
             raise ClusterError(f"{self.origin}: {path} answers {response.status_code}: {text[-1] if text else '-'}")
@@ -48,8 +54,7 @@ class Connection:
 def connect(address: str, target: Target) -> Connection:
     """Connects to the job server at `address`, which `target` means. Raises ClusterError."""
     address = address.rstrip("/")
-    from ray.job_submission import JobSubmissionClient
-
+    _use_no_proxy(address)
     with _clear_errors(address, target.origin), _not_overridden():
         headers = _headers(target)
         answer = requests.get(
@@ -60,10 +65,7 @@ def connect(address: str, target: Target) -> Connection:
             allow_redirects=False,
         )
         ray_version = _ray_version(answer, address, target.origin)
-        try:
-            client = JobSubmissionClient(address, headers=dict(target.headers), verify=target.verify)
-        except RuntimeError as error:  # a version of Ray that is too old for it
-            raise ClusterError(f"{target.origin}: {error}") from None
+        client = _client(address, target)
     return Connection(address, target.origin, client, ray_version)
 
 
@@ -73,6 +75,27 @@ def version_note(connection: Connection) -> str | None:
     if ours.split(".")[:2] == connection.ray_version.split(".")[:2]:
         return None
     return f"the cluster runs Ray {connection.ray_version}, this machine has {ours}; the job runs with the cluster's"
+
+
+def _client(address: str, target: Target) -> Any:
+    """Ray's own client, which by itself would wait for an answer for ever."""
+    from ray.job_submission import JobSubmissionClient
+
+    class PunctualClient(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **options: Any) -> requests.Response:
+            return super()._do_request(*arguments, **{"timeout": (CONNECT_SECONDS, ANSWER_SECONDS), **options})
+
+    return PunctualClient(address, headers=dict(target.headers), verify=target.verify)
+
+
+def _use_no_proxy(address: str) -> None:
+    """A proxy of the environment has no business on loopback, where tunnels end."""
+    host = urlsplit(address).hostname
+    if host in _LOOPBACK:
+        for name in ("NO_PROXY", "no_proxy"):
+            told = os.environ.get(name, "")
+            if host not in told:
+                os.environ[name] = f"{told},{host}".lstrip(",")
 
 
 def _headers(target: Target) -> dict[str, str]:
@@ -123,6 +146,10 @@ def _clear_errors(address: str, origin: str) -> Iterator[None]:
         ) from None
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
         raise ClusterError(f"{origin}: {address} is no address of a dashboard ({error})") from None
+    except requests.exceptions.RequestException as error:
+        raise ClusterError(f"{origin}: the connection to {address} broke off ({_last(error)}); try again") from None
+    except (RuntimeError, TypeError, ValueError) as error:  # what the SDK raises for a refusal, and for what it checks
+        raise ClusterError(f"{origin}: {str(error).strip().partition(_LINE_END)[0] or type(error).__name__}") from None
 
 
 def _refused(status: int, origin: str) -> str:

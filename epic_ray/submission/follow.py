@@ -12,11 +12,11 @@ from typing import Any
 
 import aiohttp
 
-from epic_ray.errors import TERMINATED_EXIT_CODE, ClusterError, RunFailed
+from epic_ray.errors import TERMINATED_EXIT_CODE, ClusterError, EpicError, RunFailed
 from epic_ray.logs import Meter, Progress, Reporter
 from epic_ray.storage import patience_seconds
 from epic_ray.submission.connection import Connection, parse_json
-from epic_ray.submission.jobs import Job, find_job, look_up
+from epic_ray.submission.jobs import Job, find_job, look_up, lost
 
 # a stream that is silent for so long may be one that hangs
 _SILENT_SECONDS = 45.0
@@ -93,7 +93,10 @@ def follow(connection: Connection, job: Job, reporter: Reporter) -> Job:
                 seen, whole = drop.seen, False
             job = _wait_for_answer(connection, job, reporter)
             in_vain = 0 if seen > before or job.is_running else in_vain + 1
-            if not job.is_running and (whole or in_vain == _MOST_IN_VAIN):
+            if not job.is_running and whole:
+                return job
+            if not job.is_running and in_vain == _MOST_IN_VAIN:  # no stream comes through: the log as a whole
+                replay.feed(log_of(connection, job)[seen:])
                 return job
             time.sleep(_RETRY_SECONDS)
     finally:
@@ -115,7 +118,11 @@ def _wait_for_answer(connection: Connection, job: Job, reporter: Reporter) -> Jo
             told = True
             time.sleep(_RETRY_SECONDS)
         else:
-            return found or look_up(connection, job.id)
+            if found and found.started_at and job.started_at and found.started_at != job.started_at:
+                found = None  # a job of the same id on a head that was started anew
+            if found is None:
+                raise ClusterError(lost(connection, job.id))
+            return found
 
 
 class _Dropped(Exception):
@@ -149,8 +156,8 @@ def log_of(connection: Connection, job: Job) -> str:
     """The whole log of a job so far. Raises ClusterError."""
     try:
         return str(connection.call(lambda client: client.get_job_logs(job.id)))
-    except RuntimeError as error:
-        raise ClusterError(f"{connection.origin}: the log of {job.id} cannot be had ({error})") from None
+    except ClusterError as error:
+        raise ClusterError(f"{error}: the log of {job.id} cannot be had") from None
 
 
 def settled(connection: Connection, job: Job) -> Job:
@@ -162,6 +169,14 @@ def settled(connection: Connection, job: Job) -> Job:
         time.sleep(_RETRY_SECONDS)
         job = look_up(connection, job.id)
     return job
+
+
+def fault_of(log: str) -> str:
+    """What a job's log says of its failure: the lines from its last fault on."""
+    lines = [line for line in log.splitlines() if Progress.of(line) is None]
+    kinds = tuple(f"{kind.__name__}: " for kind in EpicError.__subclasses__())
+    starts = [place for place, line in enumerate(lines) if line.startswith(kinds)]
+    return "\n".join(lines[starts[-1] :] if starts else lines[-1:])
 
 
 def exit_code_of(job: Job) -> int:
@@ -225,7 +240,10 @@ class Standing:
 def standing(connection: Connection, job: Job) -> Standing:
     """How a job stands now, by the end of its log and the actors that Ray knows."""
     stages: dict[str, Progress] = {}
-    for progress in _records(_log_end(connection, job)):
+    records = list(_records(_log_end(connection, job)))
+    if not any(_is_pass(progress) for progress in records):  # it ended long ago
+        records = list(_records(log_of(connection, job)))
+    for progress in records:
         stages.pop(progress.stage, None)
         stages[progress.stage] = progress
     return Standing(job, list(stages.values()), _actors_alive(connection, job))
@@ -240,11 +258,15 @@ def _records(text: str) -> Iterator[Progress]:
 
 def _failed(stages: list[Progress]) -> int | None:
     """The failed images of the last pass that tells of some, 0 where none does; None before any pass."""
-    passes = [each for each in stages if each.unit == "images" and not each.brief]
+    passes = [each for each in stages if _is_pass(each)]
     if not passes:
         return None
     counts = [int(each.note.split()[0]) for each in passes if each.note.endswith(" failed")]
     return counts[-1] if counts else 0
+
+
+def _is_pass(progress: Progress) -> bool:
+    return progress.unit == "images" and not progress.brief
 
 
 def _log_end(connection: Connection, job: Job) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from epic_ray.collection import CollectResult, collect, collect_archive
 from epic_ray.errors import ClusterError, EpicError, ResultError, RunFailed
 from epic_ray.logs import Reporter
-from epic_ray.run_dir import CONFIG, RunDir
+from epic_ray.run_dir import RunDir
 from epic_ray.storage import is_uri
 from epic_ray.submission.connection import Connection
 from epic_ray.submission.follow import ending_of, exit_code_of, log_of
@@ -57,12 +57,12 @@ def gather_remote(
     everything: bool,
     through_job: bool = False,
 ) -> dict[str, Any]:
-    """Collects a run of a cluster: from its folder if that is seen from here, else through a job."""
+    """Collects a run of a cluster: from its address in a store, or this machine's disk if the cluster is this machine;
+    else through a job, since a folder of the same path here may be another one."""
     found = find_submitted(connection, run, all_jobs(connection))
     name, root = found.name, found.root
-    run_dir = RunDir(root)
-    if not through_job and (is_uri(root) or run_dir.exists(CONFIG)):
-        return gather(run_dir, destination, reporter, partial, everything)
+    if not through_job and (is_uri(root) or target.kind == "local"):
+        return gather(RunDir(root), destination, reporter, partial, everything)
     words = [flag for flag, given in (("--all", everything), ("--partial", partial)) if given]
     with tempfile.TemporaryDirectory(prefix="epic-ray-collect-") as folder:
         file = Path(folder) / "run.tar"
@@ -96,7 +96,7 @@ def _archive(
 ) -> Iterator[Archive]:
     """An archive that a job makes and keeps, until the block ends."""
     job = send_archive(connection, target, name, root, words)
-    reporter.say(f"{root} is not seen from here; {job.id} packs it there")
+    reporter.say(f"{root}: packed there by {job.id}")
     try:
         yield _wait_for_archive(connection, job)
     finally:
@@ -133,7 +133,7 @@ def _download(connection: Connection, archive: Archive, file: Path, reporter: Re
         file.open("wb") as target,
         reporter.stage("download", archive.size_bytes, "bytes") as meter,
     ):
-        for block in response.iter_content(_BLOCK_BYTES):
+        for block in connection.iterate(response, _BLOCK_BYTES):
             target.write(block)
             meter.advance(len(block))
     if file.stat().st_size != archive.size_bytes:

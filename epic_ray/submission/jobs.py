@@ -113,7 +113,8 @@ def all_jobs(connection: Connection) -> list[Job]:
 def newest_job(connection: Connection, run: str | None = None) -> Job:
     """The newest attempt at a run, or the job of that id; None: the newest job of all. Raises ConfigError."""
     jobs = all_jobs(connection)
-    chosen = [job for job in jobs if run in (job.run, job.id) or (run is None and job.what != ARCHIVE)]
+    chosen = [job for job in jobs if run == job.run or (run is None and job.what != ARCHIVE)]
+    chosen = chosen or [job for job in jobs if run == job.id]  # a run of that name comes before a job of that id
     if chosen:
         return max(chosen, key=lambda job: (job.started_at or 0.0, job.attempt))
     if not jobs:
@@ -128,21 +129,26 @@ def find_job(connection: Connection, job_id: str) -> Job | None:
     """A job as it is now; None for one that the cluster does not know (any more). Raises ClusterError."""
     try:
         return _job(connection.call(lambda client: client.get_job_info(job_id)))
-    except RuntimeError as error:
+    except ClusterError as error:
         if "does not exist" in str(error):
             return None
-        raise ClusterError(f"{connection.origin}: {job_id}: {_first_line(error)}") from None
+        raise
 
 
 def look_up(connection: Connection, job_id: str) -> Job:
     """A job as it is now. Raises ClusterError, also for one that the cluster does not know (any more)."""
     job = find_job(connection, job_id)
     if job is None:
-        raise ClusterError(
-            f"{connection.origin}: knows no job {job_id}; was its head started anew? Submit the run again: "
-            "it goes on from what is committed"
-        )
+        raise ClusterError(lost(connection, job_id))
     return job
+
+
+def lost(connection: Connection, job_id: str) -> str:
+    """What to say of a job that is no longer known."""
+    return (
+        f"{connection.origin}: knows no job {job_id}; was its head started anew? Submit the run again: it goes on from "
+        "what is committed"
+    )
 
 
 def demand_free(connection: Connection, run: str) -> None:
@@ -164,10 +170,10 @@ def send(connection: Connection, spec: JobSpec) -> Job:
         job = {"submission_id": job_id, "metadata": spec.metadata(attempt)}
         try:
             _submit_patiently(connection, entrypoint=spec.entrypoint, runtime_env=spec.environment(), **job)
-        except (RuntimeError, ValueError) as error:
-            if "already exists" in str(error):
-                continue  # someone was quicker, or a job that is no longer listed had it
-            raise ClusterError(f"{connection.origin}: the job was not taken: {_first_line(error)}") from None
+        except ClusterError as error:
+            if "already exists" not in str(error):
+                raise
+            continue  # someone was quicker, or a job that is no longer listed had it
         return look_up(connection, job_id)
     raise ClusterError(f"{connection.origin}: {spec.run}-{first} and those after it are taken; try again")
 
@@ -182,7 +188,7 @@ def _submit_patiently(connection: Connection, **job: Any) -> None:
     while True:
         try:
             return connection.call(submit)
-        except RuntimeError as error:
+        except ClusterError as error:
             if "No available agent" not in str(error):
                 raise
             if time.monotonic() > deadline:
@@ -232,8 +238,3 @@ def _job(details: Any) -> Job | None:
 
 def _seconds(milliseconds: int | None) -> float | None:
     return milliseconds / 1000 if milliseconds else None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

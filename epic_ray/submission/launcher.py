@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,12 +20,12 @@ from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, build_opener
 
-from epic_ray.errors import ClusterError
+from epic_ray.errors import ClusterError, ConfigError
 from epic_ray.submission.target import Target
 
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _TUNNEL_SECONDS = 120.0
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS, _REOPEN_SECONDS = 5.0, 2.0
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR_LINE = re.compile(r"\b(?:PANIC|ERR|ERROR) \S+ -- (\w.*)")
 _PROVIDER_PACKAGES = {"aws": "boto3", "gcp": "google-api-python-client", "azure": "azure-identity"}
@@ -72,16 +73,58 @@ def tunnel(target: Target, seconds: float = _TUNNEL_SECONDS) -> Iterator[str]:
     head_address(target)
     port = _free_port()
     command = [*_RAY, "dashboard", _file(target), "-p", str(port), "--remote-port", str(target.dashboard_port)]
-    with tempfile.TemporaryFile() as output:
+    with tempfile.TemporaryFile() as output, _Tunnel(command, output) as made:
+        _await(made.process, port, seconds, output, target)
+        made.keep_open()
+        yield f"http://127.0.0.1:{port}"
+
+
+class _Tunnel:
+    """The process of a tunnel. Once it is kept open, one that breaks off is begun anew on the same port: ssh gives up
+    after some seconds without a network."""
+
+    def __init__(self, command: list[str], output: IO[bytes]) -> None:
+        self._command, self._output = command, output
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="epic-ray-tunnel", daemon=True)
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         # a session of its own: Ctrl-C in the terminal is ours to pass on, and ssh ends with it
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        try:
-            _await(process, port, seconds, output, target)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            _end(process)
+
+    def keep_open(self) -> None:
+        self._watcher.start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_REOPEN_SECONDS):
+            if self.process.poll() is not None:
+                _end(self.process)  # what it has left in its session
+                self.process = self._start()
+
+    def __enter__(self) -> "_Tunnel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        _end(self.process)
+
+
+def demand_launcher(target: Target) -> None:
+    """Raises ConfigError for what is no launcher file: there is nothing that could be started or ended."""
+    if target.kind != "launcher":
+        raise ConfigError(
+            f"{target.origin}: is no launcher file (cluster_name, provider), so there is nothing to start or end; "
+            "a KubeRay cluster is created and deleted by kubectl"
+        )
 
 
 def up(target: Target) -> None:

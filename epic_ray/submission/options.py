@@ -47,7 +47,7 @@ def read_options(
         address=_of_type(values, "address", str, "an address such as http://HOST:8265", where),
         headers=_headers(values, where, environ),
         verify=_verify(values, where, folder),
-        runtime_env=_of_type(values, "runtime_env", dict, "a mapping, Ray's runtime environment", where),
+        runtime_env=_runtime_env(values, where),
         in_image=_of_type(values, "in_image", bool, "true or false", where),
         dashboard_port=_port(values, where),
         tunnel=_of_type(values, "tunnel", bool, "true or false", where),
@@ -79,6 +79,17 @@ def _of_type(values: dict[str, Any], key: str, kind: type, expected: str, where:
     if not isinstance(values[key], kind):
         raise ConfigError(f"{where}: {key}: expected {expected}, not {_kind(values[key])}")
     return values[key]
+
+
+def _runtime_env(values: dict[str, Any], where: str) -> dict[str, Any] | None:
+    given = _of_type(values, "runtime_env", dict, "a mapping, Ray's runtime environment", where)
+    variables = (given or {}).get("env_vars", {})
+    if not isinstance(variables, dict):
+        raise ConfigError(f"{where}: runtime_env.env_vars: expected a mapping of names to text, not {_kind(variables)}")
+    for name, value in variables.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ConfigError(f"{where}: runtime_env.env_vars.{name}: expected text (quote it), not {_kind(value)}")
+    return given
 
 
 def _port(values: dict[str, Any], where: str) -> int | None:

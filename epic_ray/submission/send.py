@@ -108,7 +108,8 @@ def find_submitted(connection: Connection, run: str | None, jobs: list[Job]) -> 
     is_address = run is not None and (is_uri(run) or "/" in run)
     root = run.rstrip("/") if run and is_address else None
     trained = [job for job in jobs if job.what == "train"]
-    meant = [job for job in trained if (job.root == root if is_address else run in (None, job.run, job.id))]
+    meant = [job for job in trained if (job.root == root if is_address else run in (None, job.run))]
+    meant = meant or [job for job in trained if job.id == run]
     if meant:
         newest = max(meant, key=lambda job: (job.started_at or 0.0, job.attempt))
         return KnownRun(newest.run, newest.root, newest.model)

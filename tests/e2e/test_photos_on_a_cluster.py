@@ -11,9 +11,9 @@ from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "submission"))
-from heads import client_environment, epic_ray, start_head  # noqa: E402
-from test_cluster import basis, tables  # noqa: E402
-from test_photos import few_photos  # noqa: E402
+from heads import client_environment, epic_ray, start_head
+from test_cluster import basis, tables
+from test_photos import few_photos
 
 __all__ = ["few_photos"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(900)]

@@ -284,3 +284,16 @@ def test_a_resumed_fit_finds_the_maps_that_it_gathers_itself(few, tmp_path):
     found = ds.dataset(files, format="ipc").to_table(columns=["position"])["position"].to_pylist()
     assert len(found) == len(set(found))
     assert record["counts"]["forwarded"] < record["counts"]["total"]["forwarded"]
+
+
+def test_a_damaged_file_that_was_removed_is_made_again_to_the_same_bytes(few, tmp_path):
+    config = small_settings(few, tmp_path / "runs")
+    _, run_dir = train(config)
+    names = ["basis/basis.safetensors"]
+    names += [f"tables/{name}/{name}.parquet" for name in ("classes", "history", "prototypes", "purity")]
+    names += ["tables/manifest/val.parquet"]
+    before = {name: run_dir.read_bytes(name) for name in names}
+    for name in names:
+        run_dir.delete([name])
+        train(config)
+        assert run_dir.read_bytes(name) == before[name], name

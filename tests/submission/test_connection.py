@@ -15,6 +15,7 @@ import pytest
 from epic_ray.errors import ClusterError
 from epic_ray.submission import connection
 from epic_ray.submission.connection import connect
+from epic_ray.submission.jobs import all_jobs
 from epic_ray.submission.target import Target
 
 SECRET = "a-token-that-nobody-may-see"
@@ -25,10 +26,21 @@ Serve = Callable[..., str]
 def serve() -> Iterator[Serve]:
     """Starts an HTTP server that answers everything alike, and keeps the headers that it was sent."""
     servers: list[ThreadingHTTPServer] = []
+    ended = threading.Event()
 
-    def start(status: int, body: str, context: ssl.SSLContext | None = None, seen: list | None = None) -> str:
+    def start(
+        status: int, body: str, context: ssl.SSLContext | None = None, seen: list | None = None, jobs: int | None = None
+    ) -> str:
+        """jobs: the status of the job table; 0: it never answers."""
+
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if jobs is not None and self.path.startswith("/api/jobs"):
+                    if jobs:
+                        self.send_error(jobs)
+                    else:
+                        ended.wait(30)
+                    return
                 if seen is not None:
                     seen.append(dict(self.headers))
                 self.send_response(status)
@@ -47,6 +59,7 @@ def serve() -> Iterator[Serve]:
         return f"http{'s' if context else ''}://127.0.0.1:{server.server_port}"
 
     yield start
+    ended.set()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -90,6 +103,19 @@ def test_a_wrong_token_is_one_clear_line_that_does_not_show_it(serve):
     assert seen[0]["Authorization"] == f"Bearer {SECRET}"
     assert SECRET not in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+def test_a_job_table_that_never_answers_is_given_up_in_time(serve, monkeypatch):
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.5)
+    address = serve(200, json.dumps({"ray_version": "2.60.0"}), jobs=0)
+    with pytest.raises(ClusterError, match="no answer in time"):
+        all_jobs(connect(address, target(address)))
+
+
+def test_a_head_that_has_lost_its_table_of_jobs_is_a_clear_error(serve):
+    address = serve(200, json.dumps({"ray_version": "2.60.0"}), jobs=500)
+    with pytest.raises(ClusterError, match=r"^cluster.yaml: .*500"):
+        all_jobs(connect(address, target(address)))
 
 
 @pytest.mark.parametrize(("status", "body"), [(200, "<html>a router</html>"), (404, ""), (302, ""), (200, "[]")])

@@ -2,15 +2,16 @@
 
 import io
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epic_ray.errors import ClusterError, InputError, RunFailed
+from epic_ray.errors import ClusterError, ConfigError, InputError, RunFailed
 from epic_ray.logs import LineReporter, Progress, RecordReporter, Reporter
-from epic_ray.submission.follow import Replay, Standing, ending_of, exit_code_of
-from epic_ray.submission.jobs import Job
+from epic_ray.submission.follow import Replay, Standing, ending_of, exit_code_of, fault_of
+from epic_ray.submission.jobs import Job, newest_job
 
 
 def progress(done: int, seconds: float, **others: object) -> Progress:
@@ -110,6 +111,40 @@ def job(status: str, exit_code: int | None = None, message: str = "") -> Job:
 def test_a_followed_job_ends_the_command_with_its_own_code(ended, code):
     assert exit_code_of(ended) == code
     assert ending_of(ended).startswith("photos-2: ")
+
+
+class JobTable:
+    """A connection to a head that knows these jobs."""
+
+    origin = "a cluster"
+
+    def __init__(self, *jobs: tuple[str, str, int]) -> None:
+        self._jobs = jobs
+
+    def call(self, _: object) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(
+                metadata={"epic_ray.run": run, "epic_ray.attempt": job_id.rsplit("-", 1)[1]},
+                submission_id=job_id, status="RUNNING", start_time=started, end_time=None, driver_exit_code=None,
+                message="", job_id=None, driver_node_id=None,
+            )
+            for job_id, run, started in self._jobs
+        ]  # fmt: skip
+
+
+def test_a_run_is_not_mistaken_for_a_job_of_another_run():
+    table = JobTable(("photos-1-1", "photos-1", 1000), ("photos-1", "photos", 2000), ("photos-2", "photos", 3000))
+    assert newest_job(table, "photos-1").id == "photos-1-1"
+    assert newest_job(table, "photos").id == "photos-2"
+    assert newest_job(table, "photos-2").id == "photos-2"
+    assert newest_job(table).id == "photos-2"
+    with pytest.raises(ConfigError, match="no such run on a cluster; it knows photos, photos-1"):
+        newest_job(table, "photo")
+
+
+def test_the_fault_of_a_job_is_found_in_its_log():
+    assert fault_of(LOG) == "RunFailed: fit: the disk is full"
+    assert fault_of("Traceback\nZeroDivisionError: x\n") == "ZeroDivisionError: x"
 
 
 def test_status_counts_what_was_done_before_this_start_but_not_in_the_rate():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
@@ -180,6 +182,26 @@ def test_a_tunnel_leads_to_the_dashboard_and_ends_with_the_block(cluster, ssh, d
     assert not alive(pid)
     with pytest.raises(OSError, match="refused"):
         urlopen(address, timeout=5)
+
+
+@pytest.mark.slow
+def test_a_tunnel_whose_ssh_is_lost_leads_to_the_dashboard_again_at_the_same_address(cluster, ssh, dashboard):
+    processes = ssh()
+    with reach(cluster(dashboard_port=dashboard)) as address:
+        os.kill(processes()[0], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while len(processes()) == 1:
+            assert time.monotonic() < deadline, "no ssh was started again"
+            time.sleep(0.1)
+        while True:
+            try:
+                urlopen(address, timeout=5)
+            except HTTPError:
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    assert not alive(processes()[-1])
 
 
 def test_a_tunnel_that_breaks_off_is_told_with_its_last_words(cluster, ssh):
