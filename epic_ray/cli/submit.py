@@ -171,17 +171,7 @@ def _send_and_follow(
 
 def hints(run: str, target: Any) -> str:
     """How to follow and stop a run on a cluster, as a person would type it."""
-    where = where_option(target)
-    return f"follow: epic-ray logs -f {run}{where}, stop: epic-ray stop {run}{where}"
-
-
-def where_option(target: Any) -> str:
-    """The words that name the cluster again."""
-    if target.path or target.kind == "local":
-        return f" --cluster {target.origin}"
-    if "=" in target.origin:
-        return ""  # the environment names it
-    return f" --address {target.address}"
+    return f"follow: epic-ray logs -f {run}{target.option}, stop: epic-ray stop {run}{target.option}"
 
 
 def _facts(job: Any) -> dict[str, Any]:

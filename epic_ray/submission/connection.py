@@ -24,10 +24,11 @@ _OVERRIDING_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
 class Connection:
-    """A job server that has answered. `address` is its URL, `origin` what the person named."""
+    """A job server that has answered. `address` is its URL, `origin` what the person named, `option` how."""
 
-    def __init__(self, address: str, origin: str, client: Any, ray_version: str) -> None:
-        self.address, self.origin, self.ray_version = address, origin, ray_version
+    def __init__(self, address: str, target: Target, client: Any, ray_version: str) -> None:
+        self.address, self.origin, self.option = address, target.origin, target.option
+        self.ray_version = ray_version
         self.client = client
 
     def call(self, ask: Callable[[Any], Result]) -> Result:
@@ -66,7 +67,7 @@ def connect(address: str, target: Target) -> Connection:
         )
         ray_version = _ray_version(answer, address, target.origin)
         client = _client(address, target)
-    return Connection(address, target.origin, client, ray_version)
+    return Connection(address, target, client, ray_version)
 
 
 def version_note(connection: Connection) -> str | None:

@@ -123,7 +123,7 @@ def _failure(connection: Connection, job: Job) -> EpicError:
         start = f"{kind.__name__}: "
         if kind.exit_code == code and start in log:
             return kind(log[log.index(start) + len(start) :].strip())
-    return RunFailed(f"{ending_of(job)}; `epic-ray logs {job.id}` shows why")
+    return RunFailed(f"{ending_of(job)}; `epic-ray logs {job.id}{connection.option}` shows why")
 
 
 def _download(connection: Connection, archive: Archive, file: Path, reporter: Reporter) -> None:

@@ -156,8 +156,9 @@ def demand_free(connection: Connection, run: str) -> None:
     for job in all_jobs(connection):
         if job.run == run and job.is_running:
             raise ConfigError(
-                f"{run}: {job} is {job.status.lower()} on {connection.origin}; follow it by `epic-ray logs -f {run}`, "
-                f"end it by `epic-ray stop {run}`, or choose another name (--set name=...)"
+                f"{run}: {job} is {job.status.lower()} on {connection.origin}; follow it by `epic-ray logs -f {run}"
+                f"{connection.option}`, end it by `epic-ray stop {run}{connection.option}`, or choose another name "
+                "(--set name=...)"
             )
 
 

@@ -61,6 +61,13 @@ class Target:
     """Launcher: whether the dashboard is reached through ssh, or straight at the head's address."""
 
     @property
+    def option(self) -> str:
+        """The words that name the cluster again, with a space before them; none where the environment names it."""
+        if self.path or self.kind == "local":
+            return f" --cluster {self.origin}"
+        return "" if "=" in self.origin else f" --address {self.address}"
+
+    @property
     def name(self) -> str:
         """The name of the RayCluster or RayJob, or of the launcher's cluster; empty for others."""
         return str(self.document.get("cluster_name") or (self.document.get("metadata") or {}).get("name") or "")
