@@ -23,7 +23,7 @@ COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="also the tests marked `faults`, about half an hour")
+    parser.addoption("--faults", action="store_true", help="also the tests marked `faults`, the better part of an hour")
     parser.addoption("--fault-table", metavar="FILE", help="write what each fault cost as a Markdown table")
 
 

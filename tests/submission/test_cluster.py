@@ -261,6 +261,7 @@ class Proxy:
         self.cut()
 
 
+@pytest.mark.faults
 def test_a_log_stream_that_drops_is_taken_up_again_without_loss_or_repetition(head, laptop):
     laptop.gate.touch()
     proxy = Proxy(head.dashboard_port)
@@ -280,6 +281,7 @@ def test_a_log_stream_that_drops_is_taken_up_again_without_loss_or_repetition(he
     assert len([line for line in lines if line.startswith("features: 135 images in")]) == 1
 
 
+@pytest.mark.faults
 def test_a_head_that_was_lost_and_started_again_resumes_the_run(patches, tmp_path):
     laptop = Laptop(tmp_path / "laptop", patches, "photos", features={"unit_size": 16})
     slow = laptop.gate.with_name("gate.slow")
