@@ -96,9 +96,10 @@ def _archive(
 ) -> Iterator[Archive]:
     """An archive that a job makes and keeps, until the block ends."""
     job = send_archive(connection, target, name, root, words)
-    reporter.say(f"{root}: packed there by {job.id}")
     try:
-        yield _wait_for_archive(connection, job)
+        archive = _wait_for_archive(connection, job)
+        reporter.say(f"{root}: packed there by {job.id}")
+        yield archive
     finally:
         with suppress(ClusterError):
             stop(connection, job)
