@@ -27,9 +27,12 @@ from epic_ray.cli import clusters, demo, explain, jobs, submit, train
 from epic_ray.cli.app import app
 from epic_ray.config import dump_config, load_config, portable, resolve_paths
 from epic_ray.demo import digit_net
+from epic_ray.errors import ConfigError
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import CONFIG, RUN, RunDir, round_file
 from epic_ray.submission.kuberay import RUN_FILE_VARIABLE, unpack_run_file
+from epic_ray.submission.send import send_train
+from epic_ray.submission.target import Target
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -282,6 +285,13 @@ def test_a_cluster_that_is_not_named_ends_with_2_and_every_way_to_name_one(run_f
         assert all(way in told for way in ("--cluster FILE", "--cluster local", "--address", "RAY_API_SERVER_ADDRESS"))
 
 
+def test_a_folder_of_the_jobs_own_is_not_replaced_in_silence(tmp_path):
+    told = "cluster.yaml: runtime_env.working_dir: the job's folder is what epic-ray sends"
+    target = Target("cluster.yaml", "address", "http://127.0.0.1:1", runtime_env={"working_dir": "s3://bucket/a.zip"})
+    with pytest.raises(ConfigError, match=told):
+        send_train(None, target, small_settings(tmp_path, tmp_path), [])
+
+
 def test_only_a_launcher_file_can_be_brought_up(run_file):
     fails(2, "ConfigError: http://127.0.0.1:1: is no launcher file", "submit", "train", run_file(), *NO_HEAD, "--up")
 
@@ -452,6 +462,7 @@ def test_a_torn_basis_ends_with_6(finished):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.faults  # tests/faults has another Ctrl-C in `make test`
 def test_an_interrupted_train_ends_with_130_and_says_that_it_goes_on(run_file, tmp_path):
     rounds = {"prototypes_per_channel": {"start": 12, "end": 5, "rounds": 20_000}}
     arguments = [sys.executable, "-m", "epic_ray", "train", str(run_file(fit=rounds))]

@@ -18,12 +18,14 @@ from epic_ray.submission.target import Target
 
 def send_train(connection: Connection, target: Target, config: RunConfig, flags: list[str]) -> Job:
     """Sends the training job of portable settings. Raises ConfigError, ClusterError."""
+    _demand_own_folder(target)
     with job_folder(config, target.in_image) as folder:
         return send(connection, _train_spec(target, config, flags, folder))
 
 
 def send_explain(connection: Connection, target: Target, run: "KnownRun", words: list[str]) -> Job:
-    """Sends the job that explains a run."""
+    """Sends the job that explains a run. Raises ConfigError, ClusterError."""
+    _demand_own_folder(target)
     with job_folder(None, target.in_image, run.model) as folder:
         command, about = script("explain", target.in_image), {"model": run.model or ""}
         spec = JobSpec("explain", run.name, run.root, command, [run.root, *words], folder, target.runtime_env, about)
@@ -65,6 +67,14 @@ def demand_resources(config: RunConfig, target: Target) -> None:
         raise ClusterError(
             f"resources: {actors} actor(s) x {per_actor:g} GPU(s) asked, but {target.origin} allows the cluster "
             f"{most:g}; lower resources.feature_actors or resources.gpus_per_actor, or raise its max_workers"
+        )
+
+
+def _demand_own_folder(target: Target) -> None:
+    if "working_dir" in target.runtime_env:
+        raise ConfigError(
+            f"{target.origin}: runtime_env.working_dir: the job's folder is what epic-ray sends; name further code as "
+            "py_modules, or have it installed on the machines and set in_image: true without a working_dir"
         )
 
 

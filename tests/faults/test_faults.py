@@ -85,7 +85,6 @@ def test_after_a_fault_of_an_actor_the_gpus_are_free_and_the_same_process_goes_o
 # --- machines
 
 
-@pytest.mark.faults
 def test_of_three_machines_one_is_lost_in_the_middle_of_the_pass(images, tmp_path, undisturbed, fault_table):
     with disturbed(images, tmp_path, resources={"gpus_per_actor": 1}) as run:
         MOMENTS["pass"].arm(run)
@@ -101,7 +100,6 @@ def test_of_three_machines_one_is_lost_in_the_middle_of_the_pass(images, tmp_pat
 # --- the driver
 
 
-@pytest.mark.faults
 def test_a_second_start_is_refused_and_a_killed_one_is_succeeded_at_once(run, undisturbed, fault_table):
     MOMENTS["pass"].arm(run)
     first = run.start()
@@ -124,9 +122,7 @@ def test_a_second_start_is_refused_and_a_killed_one_is_succeeded_at_once(run, un
     ("fault", "number", "where", "exit_code", "said"),
     [
         ("SIGTERM of the driver", signal.SIGTERM, "fit", 143, f"stopped by SIGTERM; {GOES_ON}"),
-        pytest.param(
-            "Ctrl-C", signal.SIGINT, "publish of a unit", 130, f"interrupted; {GOES_ON}", marks=pytest.mark.faults
-        ),
+        ("Ctrl-C", signal.SIGINT, "publish of a unit", 130, f"interrupted; {GOES_ON}"),
     ],
 )
 def test_a_stopped_run_says_so_and_goes_on(run, undisturbed, fault_table, fault, number, where, exit_code, said):

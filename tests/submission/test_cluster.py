@@ -138,7 +138,7 @@ def test_a_run_is_submitted_followed_collected_explained_and_collected_again(hea
     facts = laptop.wait(head, lambda facts: facts["status"] == "SUCCEEDED")
     assert (facts["exit_code"], facts["stages"]["features"], facts["failed"]) == (0, 135, 0)
 
-    collected = laptop.call(head, "collect", laptop.name, "copy", "--json")
+    collected = epic_ray("collect", str(laptop.run_dir), "copy", "--json", folder=laptop.folder)  # it is seen from here
     assert collected.returncode == 0, collected.stderr
     copy = laptop.folder / "copy"
     wanted = {name: table for name, table in tables(alone).items() if "explanations" not in name}
@@ -148,7 +148,7 @@ def test_a_run_is_submitted_followed_collected_explained_and_collected_again(hea
     explained = laptop.call(head, "submit", "explain", "--split", "val")
     assert explained.returncode == 0, explained.stderr
     assert "45 images of val explained" in explained.stderr
-    again = laptop.call(head, "collect", laptop.name, "copy", "--through-job", "--json")
+    again = laptop.call(head, "collect", laptop.name, "copy", "--json")
     assert again.returncode == 0, again.stderr
     assert tables(copy) == tables(alone)
     listed = json.loads(laptop.call(head, "list", "--json").stdout)
@@ -209,7 +209,7 @@ def test_a_running_run_keeps_its_name_can_be_left_and_stopped_and_its_half_is_no
     assert half.returncode == 6, half.stderr
     assert half.stderr.startswith("ResultError: ")
     assert not (laptop.folder / "copy").exists()
-    partial = laptop.call(head, "collect", laptop.name, "copy", "--partial")
+    partial = epic_ray("collect", str(laptop.run_dir), "copy", "--partial", folder=laptop.folder)
     assert partial.returncode == 0, partial.stderr
     assert not (laptop.folder / "copy" / "run.json").exists()
 
