@@ -31,7 +31,7 @@ test-quick: install  ## the tests that start no Ray and take no time (under 2 mi
 test-faults: install  ## every fault at every moment, and clusters; a table goes to runs/faults.md (about 50 minutes on 2 cores)
 	@mkdir -p runs
 	$(BIN)/python -m pytest -q --faults --fault-table=runs/faults.md tests/faults tests/stages/test_fit_faults.py tests/submission/test_cluster.py \
-		tests/submission/test_hosts.py tests/e2e/test_photos_on_a_cluster.py
+		tests/submission/test_hosts.py tests/e2e
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def few_photos(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("architecture", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.faults)])
 def test_predictions_equal_a_plain_torchvision_loop_image_by_image(architecture, shared, few_photos, tmp_path):
     if architecture == "resnet18":
         weights, classes, resize = shared / "weights/resnet18_imagenette10.safetensors", 10, 224

@@ -138,6 +138,7 @@ def cifar_samples(path: Path) -> dict[str, tuple[bytes, int]]:
     return {key: (parts["jpg"], int(parts["cls"])) for key, parts in found.items()}
 
 
+@pytest.mark.faults
 def test_insects_from_a_csv_equal_the_insects_from_their_folders(shared, tmp_path):
     """A ResNet-18 that knows neither ants nor bees: so without labels."""
     model = {

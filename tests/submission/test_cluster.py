@@ -175,6 +175,7 @@ def test_too_few_resources_are_told_before_the_job_waits_for_them(head, laptop):
     assert last == "greedy-1: failed with exit code 4"
 
 
+@pytest.mark.faults
 def test_a_running_run_keeps_its_name_can_be_left_and_stopped_and_its_half_is_not_collected(head, laptop):
     laptop.gate.touch()
     following = laptop.start(head, "submit", "train")
