@@ -17,9 +17,9 @@ from epic_ray.submission.target import Target
 Result = TypeVar("Result")
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 60.0
-# Ray lets these win over the address that it is given
 _LINE_END = "\n"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Ray lets these win over the address that it is given
 _OVERRIDING_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
