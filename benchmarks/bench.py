@@ -26,7 +26,8 @@ def heading() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
     machine = f"{cores()} cores of {_processor()}, {memory:.0f} GiB{gpu}"
-    return f"`{command}`, {time.strftime('%Y-%m-%d')}, {commit}; Python {platform.python_version()}, {libraries}; {machine}"
+    python = platform.python_version()
+    return f"`{command}`, {time.strftime('%Y-%m-%d')}, {commit}; Python {python}, {libraries}; {machine}"
 
 
 def cores() -> int:
@@ -68,7 +69,7 @@ class Pairs:
 
 
 def side_by_side(ours: Callable[[], Any], baseline: Callable[[], Any], repeats: int = 5, warm_up: int = 1) -> Pairs:
-    """Times both in turn, ours and the baseline after one another, so that a change of the machine's speed hits both."""
+    """Times both in turn, one after the other, so that a change of the machine's speed hits both."""
     for _ in range(warm_up):
         ours(), baseline()
     pairs = [(_seconds(ours), _seconds(baseline)) for _ in range(repeats)]
