@@ -53,5 +53,10 @@ def test_photos_give_the_same_tables_on_a_cluster_as_on_one_machine(shared, few_
                 *words, "--address", head.address, folder=tmp_path, environment=client_environment(), seconds=600
             )
             assert done.returncode == 0, (words, done.stderr)
+    # the literal command, in the laptop's folder, where the run and a copy of it are seen
+    for words in (("explain", "--split", "val"), ("explain", "copy", "--split", "val")):
+        done = epic_ray(*words, folder=tmp_path, seconds=600)
+        assert done.returncode == 0, (words, done.stderr)
+        assert "photos: " in done.stdout
     assert tables(tmp_path / "copy") == tables(tmp_path / "alone" / "photos")
     assert basis(tmp_path / "copy") == basis(tmp_path / "alone" / "photos")

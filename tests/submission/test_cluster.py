@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -148,6 +149,10 @@ def test_a_run_is_submitted_followed_collected_explained_and_collected_again(hea
     explained = laptop.call(head, "submit", "explain", "--split", "val")
     assert explained.returncode == 0, explained.stderr
     assert "45 images of val explained" in explained.stderr
+    drawn = epic_ray("explain", "--split", "val", "--json", folder=laptop.folder)  # of the newest run, from here
+    assert drawn.returncode == 0, drawn.stderr
+    assert (json.loads(drawn.stdout)["images"], json.loads(drawn.stdout)["forwarded"]) == (45, 45)
+    assert json.loads(drawn.stdout)["pictures"]
     again = laptop.call(head, "collect", laptop.name, "copy", "--json")
     assert again.returncode == 0, again.stderr
     assert tables(copy) == tables(alone)
@@ -156,6 +161,22 @@ def test_a_run_is_submitted_followed_collected_explained_and_collected_again(hea
     assert [(job["what"], job["status"]) for job in own] == [("train", "SUCCEEDED"), ("explain", "SUCCEEDED")]
     files = [file for file in laptop.folder.rglob("*") if file.is_file()]
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == [], "a token is written nowhere"
+
+
+def test_the_first_line_of_a_submit_takes_less_than_two_seconds_of_work(head, laptop):
+    sending = laptop.start(head, "submit", "train", "--no-wait")
+    line = sending.stderr.readline()
+    used = cpu_seconds(sending.pid)
+    assert line.startswith(f"{laptop.name}: submitting to "), line + sending.stderr.read()
+    assert used < 2, "its imports counted"
+    sending.communicate()
+    assert laptop.call(head, "stop", laptop.name).returncode == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_failing_job_ends_the_command_with_its_own_code_and_words(head, laptop, tmp_path):
