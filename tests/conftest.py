@@ -1,6 +1,7 @@
 """What the tests share: one Ray a session, a small real data set, a small classifier, and the optional shared data."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from epic_ray.demo import DIGIT_PREPROCESSING
 # for the tests' own store: Ray's processes have the environment that Ray was started with
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 pytest.register_assert_rewrite("harness", "stores", "verdict")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # threads that wait for one another on a busy machine turn milliseconds into seconds
 
 CLASSES = ("blue", "green", "red")

@@ -81,6 +81,9 @@ def _everything(run_dir: RunDir) -> list[Any]:
 # --- the table of all faults
 
 
+_TABLE = pytest.StashKey["FaultTable"]()
+
+
 class FaultTable:
     """What each fault cost: a row a fault, as Markdown, where a file is asked for."""
 
@@ -108,7 +111,11 @@ class FaultTable:
 
 @pytest.fixture(scope="session")
 def fault_table(request: pytest.FixtureRequest) -> FaultTable:
-    return FaultTable(request.config.getoption("--fault-table"))
+    """One of the whole session: a fixture that two modules import is made for each of them."""
+    stash = request.config.stash
+    if _TABLE not in stash:
+        stash[_TABLE] = FaultTable(request.config.getoption("--fault-table"))
+    return stash[_TABLE]
 
 
 @pytest.fixture(scope="session")
