@@ -29,11 +29,13 @@ from epic_ray.record import basis_card, basis_notes, make_record
 from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config, run_folder
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
 from epic_ray.stages import explanations, features, fit, prototypes
-from epic_ray.stages.image_pass import committed_units, run_pass
+from epic_ray.stages.classes import ClassNames
+from epic_ray.stages.image_pass import run_pass
 from epic_ray.stages.images import Listing, UnitRange, cut_units
-from epic_ray.stages.loading import ClassNames, load, model_facts
+from epic_ray.stages.loading import load, model_facts
 from epic_ray.stages.maps import map_bytes
 from epic_ray.stages.resources import Resources, demand_seen, likely_device, resolve_resources, start_ray, take_threads
+from epic_ray.stages.units import committed_units
 from epic_ray.tables import build_table, read_table, write_table
 
 # what a stage leaves beside the units of the pass and the manifest of each split

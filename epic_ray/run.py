@@ -22,8 +22,9 @@ from epic_ray.lock import Lock
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import CONFIG, PICTURES, RUN, RunDir
+from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.images import Listing, SplitImages
-from epic_ray.stages.loading import ClassNames, load, model_facts
+from epic_ray.stages.loading import load, model_facts
 from epic_ray.stages.maps import keep_all_maps
 from epic_ray.storage import join, resolve_root
 

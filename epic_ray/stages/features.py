@@ -15,10 +15,11 @@ from epic_ray.config import FITTING_SPLIT, ModelConfig, fingerprint
 from epic_ray.errors import InputError, ResultError
 from epic_ray.run_dir import RunDir, table_folder, unit_file, unit_map_file
 from epic_ray.stages.attempts import Attempts
-from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units, find_units
 from epic_ray.stages.images import SplitImages, UnitRange, cut_units
 from epic_ray.stages.maps import cells_last, committed_map_units, write_maps
 from epic_ray.stages.resources import Resources
+from epic_ray.stages.unit_actor import Unit, UnitActor
+from epic_ray.stages.units import FINGERPRINT_KEY, UnitFacts, committed_units, find_units
 from epic_ray.tables import build_table, read_table, to_numpy, write_table
 
 NON_FINITE = "the classifier's features or logits are not finite for this image"

@@ -22,7 +22,7 @@ from epic_ray.config import DataConfig, fingerprint
 from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir, table_file
-from epic_ray.stages.loading import ClassNames
+from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.reading import ImageReader
 from epic_ray.stages.sources import Source, find_source
 from epic_ray.tables import TABLES, build_table, read_batches, read_metadata, take_rows, write_tables
