@@ -24,7 +24,7 @@ from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.decode_unit import DecodeUnit
 from epic_ray.stages.images import UnitRange
 from epic_ray.stages.resources import Resources, first_cause
-from epic_ray.stages.unit_actor import GuardedActor, UnitActor
+from epic_ray.stages.unit_actor import CALLS_AT_ONCE, GuardedActor, UnitActor
 
 # Ray replaces what it loses by itself; what it gives up on is begun anew from what is committed, so many times without
 # a further unit in between
@@ -66,10 +66,11 @@ def run_pass(
     resources: Resources,
     reporter: Reporter,
     images: int,
+    decoder: type[DecodeUnit] = DecodeUnit,
 ) -> PassTotals:
     """Sends the units that are not committed through decode tasks and a pool of actors; gives what was done.
 
-    images: those of all units, committed or not.
+    images: those of all units, committed or not. decoder: what turns the address of a unit into its pixels.
     Raises the first cause of a failure; what Ray itself could not go on with is taken up again from what is committed.
     """
     totals = PassTotals()
@@ -78,7 +79,7 @@ def run_pass(
         return totals
     run_dir: RunDir = arguments["run_dir"]
     attempts = Attempts(run_dir, stage)
-    decode = DecodeUnit(stage, run_dir, attempts, preprocessing)
+    decode = decoder(stage, run_dir, attempts, preprocessing)
     arguments = {**arguments, "attempts": attempts}
     already = images - sum(unit.count for unit in units)
     with reporter.stage(stage, images, "images", already=already) as meter:
@@ -130,7 +131,13 @@ def _execute(
         GuardedActor,
         batch_size=1,
         batch_format="pyarrow",
-        compute=rd.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=min(actors, resources.actors_at_once)),
+        compute=rd.ActorPoolStrategy(
+            min_size=1,
+            max_size=actors,
+            initial_size=min(actors, resources.actors_at_once),
+            max_concurrent_calls_per_actor=CALLS_AT_ONCE if resources.device == "cuda" else 1,
+            enable_true_multi_threading=True,  # the actor's own lock keeps its device to one unit at a time
+        ),
         num_gpus=resources.gpus_per_actor or None,
         num_cpus=0,  # actors that hold CPUs can leave none to the tasks they wait for; and decoding stays apart
         fn_constructor_kwargs={"stage": stage, "actor": actor, "arguments": arguments},

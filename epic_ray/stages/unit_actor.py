@@ -1,25 +1,27 @@
-"""The second half of a pass: an actor with the classifier, which forwards units and publishes what they leave."""
+"""The second half of a pass: an actor that takes decoded units and publishes what it makes of them.
+
+Imports no torch; `forwarding.py` has the actor with the classifier.
+"""
 
 import json
 import os
 import socket
-from collections.abc import Iterator
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from epic_ray.config import ModelConfig
-from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.decode_unit import IMAGE_COLUMN, fault_row, unpack
-from epic_ray.stages.loading import load
-from epic_ray.stages.resources import Resources, peak_memory_bytes, take_device
+from epic_ray.stages.resources import peak_memory_bytes
 from epic_ray.stages.units import FACTS_KEY, FINGERPRINT_KEY, UnitFacts
 from epic_ray.tables import to_numpy
+
+CALLS_AT_ONCE = 2
+"""Units that an actor with a GPU works on: one is computed while another is unpacked or published."""
 
 
 @dataclass
@@ -55,39 +57,30 @@ class Unit:
 
 
 class UnitActor:
-    """Base of the actors of a pass: holds the classifier, forwards a unit in fixed batches."""
+    """Base of the actors of a pass: computes on a unit, then publishes what came of it.
 
-    def __init__(self, run_dir: RunDir, model: ModelConfig, resources: Resources, attempts: Attempts) -> None:
-        self.device = take_device(resources.device, resources.threads)
-        self.classifier: SplitClassifier = load(model).to(self.device)
-        self.run_dir, self.batch_size, self._attempts = run_dir, resources.batch_size, attempts
+    Where Ray calls an actor from several threads (`CALLS_AT_ONCE`), one computes while the others unpack the next unit
+    or publish the last.
+    """
+
+    def __init__(self, run_dir: RunDir, attempts: Attempts) -> None:
+        self.run_dir, self._attempts = run_dir, attempts
         self._identity = f"{socket.gethostname()}:{os.getpid()}"
-        self.forwarded = 0
-
-    def forward(self, pixels: np.ndarray, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """(place among `rows`, maps (b,d,h,w), logits (b,c)) batch by batch; the last batch is padded, then cut."""
-        batch = np.zeros((self.batch_size, *pixels.shape[1:]), dtype=np.uint8)
-        for start in range(0, len(rows), self.batch_size):
-            chosen = rows[start : start + self.batch_size]
-            batch[: len(chosen)] = pixels[chosen]
-            batch[len(chosen) :] = 0
-            with torch.inference_mode():
-                images = self.classifier.normalise(torch.from_numpy(batch).to(self.device))
-                maps, logits = self.classifier(images)
-            self.forwarded += len(chosen)
-            yield slice(start, start + len(chosen)), maps[: len(chosen)], logits[: len(chosen)]
+        self._turn = threading.Lock()
 
     def __call__(self, row: pa.Table) -> pa.Table:
         unit = Unit.of(unpack(row))
         self._attempts.begin(unit.split, unit.number, "forward")
-        readable, self.forwarded = unit.readable, 0
-        bytes_written = self.commit(unit, readable)
+        readable = unit.readable
+        with self._turn:
+            results = self.compute(unit, readable)
+        bytes_written = self.publish(unit, readable, results)
         return pa.table(
             {
                 "split": [unit.split],
                 "unit": [unit.number],
                 "decoded": [len(readable)],
-                "forwarded": [self.forwarded],
+                "forwarded": [len(readable)],
                 "failed": [sum(reason is not None for reason in unit.reasons)],
                 "bytes_written": [bytes_written],
                 "actor": [self._identity],
@@ -100,8 +93,12 @@ class UnitActor:
         """What goes into the metadata of a unit's files."""
         return {FINGERPRINT_KEY: unit.made_from, FACTS_KEY: json.dumps(asdict(facts))}
 
-    def commit(self, unit: Unit, readable: np.ndarray) -> int:
-        """Computes and publishes the unit's files; a row found bad here gets its reason. Gives the bytes written."""
+    def compute(self, unit: Unit, readable: np.ndarray) -> Any:
+        """Computes on the readable rows of a unit; gives what `publish` needs, in this process's own memory."""
+        raise NotImplementedError
+
+    def publish(self, unit: Unit, readable: np.ndarray, results: Any) -> int:
+        """Publishes the unit's files; a row found bad here gets its reason. Gives the bytes written."""
         raise NotImplementedError
 
 
