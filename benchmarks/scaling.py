@@ -4,8 +4,8 @@
 
 A stand-in actor sleeps for as long as a classifier of `--rate` images a second would compute, then publishes files of
 synthetic features as the real one does; a stand-in decoder reads the manifest and makes pictures of a pixel. All else
-is real: the listing, Ray Data, actors (one fake GPU each), the notes of attempts, Parquet files, their commits. A run of
-fewer actors has fewer rows, so that all take about as long. Efficiency is images a second between 10 and 90 % of the
+is real: the listing, Ray Data, actors (one fake GPU each), the notes of attempts, Parquet files, their commits. A run
+of fewer actors has fewer rows, so that all take about as long. Efficiency is images a second between 10 and 90 % of the
 rows over actors x rate. CPU seconds are of the driver between the same two moments.
 """
 
