@@ -335,6 +335,15 @@ def read_positions(run_dir: RunDir, split: str, positions: np.ndarray) -> pa.Tab
     return take_rows(run_dir, table_file("manifest", split), positions)
 
 
+def addresses_at(run_dir: RunDir, table: str, split: str, positions: Iterable[int]) -> dict[int, Address]:
+    """Where images lie, by their rows in a table that lists them; only these rows are read."""
+    rows = np.array(sorted(set(positions)), np.int64)
+    column = image_column(run_dir, table, split)
+    found = take_rows(run_dir, table_file(table, split), rows, list(Address._fields[:-1]))
+    places = (Address(**row, column=column) for row in found.to_pylist())
+    return dict(zip(rows.tolist(), places, strict=True))
+
+
 def find_images(run_dir: RunDir, table: str, split: str, image_ids: Iterable[str]) -> dict[str, Address]:
     """Where images lie, by their ids. Raises ResultError for an id that the table does not have."""
     wanted = pa.array(sorted(set(image_ids)), pa.string())

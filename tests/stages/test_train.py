@@ -87,6 +87,8 @@ def test_prototypes_equal_a_brute_force_loop(settings, batch_size):
                     purity = float(sign * (z @ basis[channel]) / z.norm()) if z.norm() > 0 else 0.0
                     assert row["purity"] == pytest.approx(purity, abs=1e-5)
                     assert row["value"] == pytest.approx(sign * values[n], abs=1e-6)
+                    assert row["position"] == n
+                    np.testing.assert_allclose(row["heat"], maps[n] @ basis[channel], atol=1e-5)
                     assert row["cell_row"] * 8 + row["cell_col"] == cell or purity == pytest.approx(
                         float(sign * (maps[n, row["cell_row"] * 8 + row["cell_col"]] @ basis[channel]) / z.norm()),
                         abs=1e-5,
