@@ -168,7 +168,7 @@ def measure(folder: Path, actors: int, count: int, arguments: argparse.Namespace
         "actors": min(actors, len(units)),
         "ready": str(ready),
     }
-    resources = Resources(actors, actors, 1.0, "cpu", 1, 64, 4, actors)
+    resources = Resources(actors, actors, 1.0, "cpu", 1, 64, "float32", 4, actors)
     start = time.monotonic()
     with Watch(folder / "run/tables/images/train") as watch:
         run_pass(

@@ -20,7 +20,7 @@ import pyarrow as pa
 from safetensors.torch import save as save_tensors
 
 from epic_ray import interrupts
-from epic_ray.config import FITTING_SPLIT, RunConfig, dump_config, fingerprint
+from epic_ray.config import FITTING_SPLIT, PRECISION_TOLERANCES, RunConfig, dump_config, fingerprint
 from epic_ray.errors import ConfigError, InputError, ResultError
 from epic_ray.lock import Lock, hold
 from epic_ray.logs import Reporter
@@ -94,7 +94,7 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     passes = {split: features.finished_pass(run.run_dir, found, units_from) for split, found in run.images.items()}
     # of a reused pass too: the limit may have changed since
     features.check_failures(run.run_dir, passes.values(), run.config.data.max_failed_fraction)
-    features.check_split(run.run_dir, passes.values(), run.config.model.tolerance)
+    features.check_split(run.run_dir, passes.values(), _tolerance(run.config))
     judged = [passes[split] for split in (FITTING_SPLIT, run.config.held_out_split) if split]
     marks |= {
         "fit": run.stage(
@@ -125,6 +125,10 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     run.run_dir.remove_temporaries()  # of processes that were lost on the way
     run.run_dir.publish_json(RUN, record)
     return record
+
+
+def _tolerance(config: RunConfig) -> float:
+    return max(config.model.tolerance, PRECISION_TOLERANCES[config.resources.precision])
 
 
 def _there(run: Run, stage: str) -> bool:
@@ -323,7 +327,7 @@ def open_finished(run_dir: RunDir, reporter: Reporter) -> tuple[Run, dict[str, A
         raise ResultError(f"{run_dir}: the run is not finished (no {RUN}); `epic-ray train` finishes it")
     record = run_dir.read_json(RUN)
     config = read_config(run_dir)
-    classifier = load(config.model)
+    classifier = load(config.model, config.resources.precision)
     if fingerprint(model_facts(config.model, classifier)) != record["fingerprints"]["model"]:
         raise InputError(
             f"{run_dir}: the classifier is not the one that was fitted (weights, preprocessing or library versions "

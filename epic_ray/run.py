@@ -144,7 +144,7 @@ def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
 def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
     """The run's classifier, proved, and its images, listed."""
     listing = Listing(config.data, config.data.splits, reporter, run_dir)
-    classifier = load(config.model)
+    classifier = load(config.model, config.resources.precision)
     classes = ClassNames.of(classifier, listing.class_names, listing.index_names)
     images = listing.label(classes, config.features.unit_size)
     return Run(config, run_dir, reporter, classifier, classes, images, listing)

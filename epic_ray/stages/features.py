@@ -327,6 +327,6 @@ def check_split(run_dir: RunDir, passes: Iterable[FeaturePass], tolerance: float
             worst = table.take(pc.sort_indices(relative, [("", "descending")])[:1]).to_pylist()[0]
             raise InputError(
                 f"{passed.split}: the split of the classifier does not hold, worst on {worst['image_id']} (logits "
-                f"differ by {worst['split_difference']:.2e}, model.tolerance is {tolerance:g}); "
+                f"differ by {worst['split_difference']:.2e}, allowed is {tolerance:g}); "
                 "the head is not affine in the pooled map; raise model.tolerance only if you know why"
             )

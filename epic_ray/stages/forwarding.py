@@ -20,7 +20,7 @@ class ForwardingActor(UnitActor):
     def __init__(self, run_dir: RunDir, model: ModelConfig, resources: Resources, attempts: Attempts) -> None:
         super().__init__(run_dir, attempts)
         self.device = take_device(resources.device, resources.threads)
-        self.classifier: SplitClassifier = load(model).to(self.device)
+        self.classifier: SplitClassifier = load(model, resources.precision).to(self.device)
         self.batch_size = resources.batch_size
 
     def forward(self, pixels: np.ndarray, rows: np.ndarray) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

@@ -14,12 +14,12 @@ from epic_ray.method.backbones import load_classifier
 from epic_ray.method.classifier import SplitClassifier
 
 
-def load(model: ModelConfig) -> SplitClassifier:
-    """The classifier of the settings, its split proved. Raises InputError, ConfigError."""
+def load(model: ModelConfig, precision: str = "float32") -> SplitClassifier:
+    """The classifier of the settings, its split proved in float32. Raises InputError, ConfigError."""
     if model.source == "factory" and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a console script does not look where it is started; `python -m` does
     overrides = model.preprocessing.overrides() if model.preprocessing != "auto" else None
-    return load_classifier(
+    classifier = load_classifier(
         model.architecture,
         source=model.source,
         weights=model.weights,
@@ -30,6 +30,8 @@ def load(model: ModelConfig) -> SplitClassifier:
         seed=model.seed,
         tolerance=model.tolerance,
     )
+    classifier.precision = precision
+    return classifier
 
 
 def model_facts(model: ModelConfig, classifier: SplitClassifier) -> dict[str, Any]:

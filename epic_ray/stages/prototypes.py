@@ -98,7 +98,7 @@ def _gather(
 ) -> int:
     device = take_device(resources.device, resources.threads)
     store = MapStore(run_dir, passed.split, passed.made_from())
-    gatherer = MapGatherer(store, passed.fingerprint, load(model), resources.batch_size, device)
+    gatherer = MapGatherer(store, passed.fingerprint, load(model, resources.precision), resources.batch_size, device)
     return gatherer.ensure(positions)
 
 
