@@ -46,6 +46,9 @@ class PreprocessingConfig(Section):
     """Subtracted from each colour channel (red, green, blue) in 0..1."""
     std: Auto | list[Number] = "auto"
     """Divides each colour channel after the mean was subtracted."""
+    scaled_decode: Auto | bool = "auto"
+    """true: JPEGs at least twice as large as they are resized to are reduced while they are decoded, which is faster
+    and gives other pixels than the classifier's own transform (docs/performance.md); auto: false."""
 
     def overrides(self) -> dict[str, Any]:
         """The keys that replace the weights' own."""

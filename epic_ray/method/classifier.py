@@ -14,6 +14,7 @@ is folded into the map. All of it is then checked against the model's own logits
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -121,7 +122,7 @@ def _arithmetic(precision: str, device: str) -> Iterator[None]:
         with torch.autocast(device, _HALVES[precision]):
             yield
         return
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
         switch.allow_tf32 = precision == "tf32"

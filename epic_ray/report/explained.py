@@ -149,8 +149,10 @@ class Illustrator:
         return Tile(image, heat, grid_box, box, caption if box else f"{caption} (peak in padding)")
 
     def _look(self, address: Address) -> Seen:
-        image = self._read(address)
-        pixels = torch.from_numpy(self._classifier.preprocessing.apply(image)[None])
+        image, preprocessing = self._read(address), self._classifier.preprocessing
+        # what the classifier saw, which a reduced JPEG is and what a person sees is not
+        seen = preprocessing.load(address.read())[0] if preprocessing.scaled_decode else preprocessing.apply(image)
+        pixels = torch.from_numpy(seen[None])
         with torch.inference_mode():
             maps, logits = self._classifier(self._classifier.normalise(pixels.to(self._device)))
         return Seen(image, maps, logits)

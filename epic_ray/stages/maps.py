@@ -19,7 +19,7 @@ import torch
 
 from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.method.classifier import SplitClassifier
-from epic_ray.method.preprocessing import ImageError, decode_image
+from epic_ray.method.preprocessing import ImageError
 from epic_ray.run_dir import CHOSEN_MAPS, UNIT_MAPS, RunDir, chosen_map_file, map_folder, unit_number
 from epic_ray.stages.decoding import decode_carefully
 from epic_ray.stages.images import image_column, read_positions
@@ -227,7 +227,7 @@ class MapGatherer:
         try:
             if isinstance(data, OSError):
                 raise data
-            return self._classifier.preprocessing.apply(decode_image(data))
+            return self._classifier.preprocessing.load(data)[0]
         except MemoryError:  # it came through the pass in a process of its own
             decoded = decode_carefully(iter([data]), 1, self._classifier.preprocessing)
             if decoded.reasons[0]:
