@@ -66,14 +66,10 @@ def estimate(gpus: int, given: argparse.Namespace) -> dict[str, Any]:
     product = 2 * IMAGES * channels**2 / (given.product * gpus)
     scan = max(product, FLOAT_BYTES * channels * IMAGES / (given.transfer * gpus))
     read = FLOAT_BYTES * channels * IMAGES / (given.disk * machines)
-    rounds = sum(
-        scan
-        + given.distinct * channels * n * map_bytes / (given.disk * machines)
-        + given.svd
-        + _all_reduce(gpus, given)
-        for n in SCHEDULE
-    )
-    start = QUARTIMAX_STEPS * (2 * scan + given.svd + _all_reduce(gpus, given))
+    update = given.svd + _all_reduce(gpus, given)
+    maps_read = given.distinct * channels * sum(SCHEDULE) * map_bytes / (given.disk * machines)
+    rounds = maps_read + len(SCHEDULE) * (scan + update)
+    start = QUARTIMAX_STEPS * (2 * scan + update)
     proof = max(read, 2 * images * channels * (channels + CLASSES) / (given.product * gpus))
     total = passed + maps + read + start + rounds + proof
     return {
