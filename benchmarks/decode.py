@@ -4,9 +4,9 @@
 
 Each way gives the classifier's input (resize 256, crop 224) from the bytes of synthetic JPEGs of 500 x 375 and of
 2000 x 1500: as epic-ray does by default (Pillow), with `scaled_decode` (Pillow, reduced in the DCT domain), and with
-other decoders followed by the same resize, where they are installed (simplejpeg, torchvision). Milliseconds are CPU time,
-median of the repeats. The effect is the largest and the mean difference of the pixels from the default's, and the mean
-relative difference of ResNet-18's pooled features (random weights) under them.
+other decoders followed by the same resize, where they are installed (simplejpeg, torchvision). Milliseconds are CPU
+time, median of the repeats. The effect is the largest and the mean difference of the pixels from the default's, and the
+mean relative difference of ResNet-18's pooled features (random weights) under them.
 """
 
 import argparse
