@@ -23,10 +23,11 @@ demo: install  ## the whole story on bundled digits, offline: train, fit, explai
 	$(BIN)/epic-ray demo
 
 test: install  ## all tests (under 30 minutes on 2 cores)
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not ray"
+	$(BIN)/python -m pytest -q --durations=40 -m ray
 
 test-quick: install  ## the tests that start no Ray and take no time (under 2 minutes)
-	$(BIN)/python -m pytest -q -m "not slow and not ray"
+	$(BIN)/python -m pytest -q -n auto --dist loadscope -m "not slow and not ray"
 
 test-faults: install  ## every fault at every moment, and clusters; a table goes to runs/faults.md (about 50 minutes on 2 cores)
 	@mkdir -p runs

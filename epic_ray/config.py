@@ -23,6 +23,8 @@ Auto = Literal["auto"]
 Number = Annotated[float, Field(strict=False, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 FITTING_SPLIT = "train"
+# largest |difference| / (1 + |logit|) of logits that the same network gives in another order of operations
+PRECISION_TOLERANCES = {"float32": 0.0, "tf32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
 _OWN_WEIGHTS = ("pretrained", "random")
 HELD_OUT_SPLIT = "val"
 
@@ -44,6 +46,9 @@ class PreprocessingConfig(Section):
     """Subtracted from each colour channel (red, green, blue) in 0..1."""
     std: Auto | list[Number] = "auto"
     """Divides each colour channel after the mean was subtracted."""
+    scaled_decode: Auto | bool = "auto"
+    """true: JPEGs at least twice as large as they are resized to are reduced while they are decoded, which is faster
+    and gives other pixels than the classifier's own transform (docs/performance.md); auto: false."""
 
     def overrides(self) -> dict[str, Any]:
         """The keys that replace the weights' own."""
@@ -215,8 +220,9 @@ class ResourcesConfig(Section):
     """CPU threads of an actor's arithmetic; auto: a quarter of the cores, 1 to 4."""
     batch_size: Positive = 64
     """Images of one forward; the last batch of a unit is padded to it."""
-    precision: Literal["float32"] = "float32"
-    """Arithmetic of the forwards."""
+    precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
+    """Arithmetic of the forwards: float32; tf32 (GPUs) or float16 and bfloat16 (torch's autocast) where speed is worth
+    logits that are no longer exact: the proof then allows `PRECISION_TOLERANCES`, and run.json tells what it found."""
 
 
 class OutputConfig(Section):

@@ -20,7 +20,7 @@ import pyarrow as pa
 from safetensors.torch import save as save_tensors
 
 from epic_ray import interrupts
-from epic_ray.config import FITTING_SPLIT, RunConfig, dump_config, fingerprint
+from epic_ray.config import FITTING_SPLIT, PRECISION_TOLERANCES, RunConfig, dump_config, fingerprint
 from epic_ray.errors import ConfigError, InputError, ResultError
 from epic_ray.lock import Lock, hold
 from epic_ray.logs import Reporter
@@ -29,11 +29,13 @@ from epic_ray.record import basis_card, basis_notes, make_record
 from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config, run_folder
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
 from epic_ray.stages import explanations, features, fit, prototypes
-from epic_ray.stages.image_pass import committed_units, run_pass
+from epic_ray.stages.classes import ClassNames
+from epic_ray.stages.image_pass import run_pass
 from epic_ray.stages.images import Listing, UnitRange, cut_units
-from epic_ray.stages.loading import ClassNames, load, model_facts
+from epic_ray.stages.loading import load, model_facts
 from epic_ray.stages.maps import map_bytes
 from epic_ray.stages.resources import Resources, demand_seen, likely_device, resolve_resources, start_ray, take_threads
+from epic_ray.stages.units import committed_units
 from epic_ray.tables import build_table, read_table, write_table
 
 # what a stage leaves beside the units of the pass and the manifest of each split
@@ -92,7 +94,7 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     passes = {split: features.finished_pass(run.run_dir, found, units_from) for split, found in run.images.items()}
     # of a reused pass too: the limit may have changed since
     features.check_failures(run.run_dir, passes.values(), run.config.data.max_failed_fraction)
-    features.check_split(run.run_dir, passes.values(), run.config.model.tolerance)
+    features.check_split(run.run_dir, passes.values(), _tolerance(run.config))
     judged = [passes[split] for split in (FITTING_SPLIT, run.config.held_out_split) if split]
     marks |= {
         "fit": run.stage(
@@ -123,6 +125,10 @@ def _train(run: Run, local: bool, start: float, retry_failed: bool) -> dict[str,
     run.run_dir.remove_temporaries()  # of processes that were lost on the way
     run.run_dir.publish_json(RUN, record)
     return record
+
+
+def _tolerance(config: RunConfig) -> float:
+    return max(config.model.tolerance, PRECISION_TOLERANCES[config.resources.precision])
 
 
 def _there(run: Run, stage: str) -> bool:
@@ -321,7 +327,7 @@ def open_finished(run_dir: RunDir, reporter: Reporter) -> tuple[Run, dict[str, A
         raise ResultError(f"{run_dir}: the run is not finished (no {RUN}); `epic-ray train` finishes it")
     record = run_dir.read_json(RUN)
     config = read_config(run_dir)
-    classifier = load(config.model)
+    classifier = load(config.model, config.resources.precision)
     if fingerprint(model_facts(config.model, classifier)) != record["fingerprints"]["model"]:
         raise InputError(
             f"{run_dir}: the classifier is not the one that was fitted (weights, preprocessing or library versions "

@@ -11,9 +11,10 @@ from epic_ray.method.basis import orthogonality_error
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import RunDir
 from epic_ray.stages import features, prototypes
+from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.exactness import prove_exactness
 from epic_ray.stages.fit import read_basis
-from epic_ray.stages.loading import ClassNames, model_facts
+from epic_ray.stages.loading import model_facts
 from epic_ray.stages.maps import count_chosen_maps
 from epic_ray.stages.resources import Resources, peak_memory_bytes
 

@@ -22,8 +22,9 @@ from epic_ray.lock import Lock
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import CONFIG, PICTURES, RUN, RunDir
+from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.images import Listing, SplitImages
-from epic_ray.stages.loading import ClassNames, load, model_facts
+from epic_ray.stages.loading import load, model_facts
 from epic_ray.stages.maps import keep_all_maps
 from epic_ray.storage import join, resolve_root
 
@@ -143,7 +144,7 @@ def open_run(config: RunConfig, reporter: Reporter, force: bool = False) -> Run:
 def prepare(config: RunConfig, run_dir: RunDir, reporter: Reporter) -> Run:
     """The run's classifier, proved, and its images, listed."""
     listing = Listing(config.data, config.data.splits, reporter, run_dir)
-    classifier = load(config.model)
+    classifier = load(config.model, config.resources.precision)
     classes = ClassNames.of(classifier, listing.class_names, listing.index_names)
     images = listing.label(classes, config.features.unit_size)
     return Run(config, run_dir, reporter, classifier, classes, images, listing)

@@ -17,9 +17,9 @@ from epic_ray.run_dir import RunDir
 from epic_ray.seal import Sealing, is_sealed
 from epic_ray.storage import StorageAway, patiently
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROW_GROUP_SIZE = 16_384
-VECTOR = "vector"  # a type that depends on the model: float32 [channels] or [classes]
+VECTOR = "vector"  # a type that depends on the model: float32 [channels], [classes] or [cells]
 BOX = pa.fixed_shape_tensor(pa.float32(), [4])
 
 
@@ -135,6 +135,7 @@ TABLES = {
                 _SIGN,
                 _CHANNEL,
                 Column("rank", pa.int32(), "place among the channel's prototypes, from 1"),
+                _POSITION,
                 _IMAGE_ID,
                 _LABEL,
                 Column("value", pa.float32(), "the channel's mean activation over the cells (the paper's sum / (H·W))"),
@@ -142,6 +143,7 @@ TABLES = {
                 _CELL_ROW,
                 _CELL_COL,
                 _BOX,
+                Column("heat", VECTOR, "the channel at every cell of the map, row by row; `value` is its mean"),
             ),
         ),
         Table(

@@ -25,7 +25,7 @@ from epic_ray.tables import (
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 ROWS = 4
-VECTOR_SIZES = {"pooled": 3, "logits": 2}
+VECTOR_SIZES = {"pooled": 3, "logits": 2, "heat": 6}
 
 
 @pytest.fixture

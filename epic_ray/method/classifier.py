@@ -11,7 +11,10 @@ norms, averaged heads), as long as it is affine together. A norm with per-image 
 is folded into the map. All of it is then checked against the model's own logits.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -25,6 +28,8 @@ from epic_ray.method.taps import PoolCall, Tap, record_poolings
 _PROBE_SCALES = (0.3, 1.0, 2.5)
 # Standard deviations of the vectors that stand in for pooled features: wide enough to find a clipping activation.
 _VECTOR_SCALES = (0.3, 3.0, 30.0)
+_HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "tf32", *_HALVES)
 # Rows of the head read off at once: bounds the memory of heads with very many classes.
 _JACOBIAN_ROWS = 1024
 
@@ -74,6 +79,8 @@ class SplitClassifier(nn.Module):
         self.split = Split(pool.layout, pool.name, ", ".join(head.layers), norm.name if norm else "", float("inf"))
         self.origin = ""
         """Where model and weights came from, in words; set by `backbones`."""
+        self.precision = "float32"
+        """Arithmetic of `forward`: one of `PRECISIONS`. Its results are float32 whatever it is."""
         self._tap = head.tap
         self.register_buffer("weight", head.weight)
         self.register_buffer("bias", head.bias)
@@ -88,11 +95,14 @@ class SplitClassifier(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b d gh gw"], Float[Tensor, "b k"]]:
         """Feature maps Z and the model's own logits, in one run of the model, of normalised images.
 
-        Images must have the size of `preprocessing.crop`. Raises ValueError otherwise.
+        Images must have the size of `preprocessing.crop`. Raises ValueError otherwise, and for a precision that the
+        images' device does not have.
         """
         if tuple(images.shape[2:]) != self.preprocessing.crop:
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels, not {self.preprocessing.crop}")
-        maps, logits = self._tap.run(self.model, images)
+        with _arithmetic(self.precision, images.device.type):
+            maps, logits = self._tap.run(self.model, images)
+        maps, logits = maps.to(images.dtype), logits.to(images.dtype)
         return maps.reshape(*maps.shape[:2], *self.grid), logits
 
     def normalise(self, images_u8: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
@@ -102,6 +112,25 @@ class SplitClassifier(nn.Module):
         """
         scaled = images_u8.permute(0, 3, 1, 2).to(self.mean.dtype).div_(255)
         return scaled.sub_(self.mean[:, None, None]).div_(self.std[:, None, None])
+
+
+@contextmanager
+def _arithmetic(precision: str, device: str) -> Iterator[None]:
+    if precision not in PRECISIONS or (precision == "tf32" and device != "cuda"):
+        raise ValueError(f"precision {precision!r} on {device}; one of {', '.join(PRECISIONS)}, tf32 on cuda alone")
+    if precision in _HALVES:
+        with torch.autocast(device, _HALVES[precision]):
+            yield
+        return
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.allow_tf32 = was
 
 
 def split_classifier(

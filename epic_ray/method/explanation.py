@@ -4,7 +4,7 @@ B images, C classes, D channels, K channels shown, H x W cells; U (D,D) basis, A
 Shares and scores: `contribution.py`; peaks and purity: `peaks.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -38,6 +38,10 @@ class Explained:
     purity: Float[Tensor, "b k"]
     difference: Float[Tensor, "b"]
     agrees: Bool[Tensor, "b"]
+
+    def cpu(self) -> "Explained":
+        """The same in main memory."""
+        return Explained(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
 
 def explain_maps(

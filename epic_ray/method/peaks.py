@@ -74,6 +74,20 @@ def find_peaks_grouped(
     return _with_purity(cells, signed, norms, sign)
 
 
+def heat_maps(
+    maps_BSD: Float[Tensor, "b s d"],
+    image_slots: Int[Tensor, "p"],
+    channels: Int[Tensor, "p"],
+    basis: Float[Tensor, "d d"],
+) -> Float[Tensor, "p s"]:
+    """The rotated activation u_k.z at every cell, of pairs as in `find_peaks_grouped`."""
+    heat_PS = torch.zeros((len(channels), maps_BSD.shape[1]), dtype=basis.dtype, device=basis.device)
+    for slot in image_slots.unique().tolist():
+        pairs = (image_slots == slot).nonzero()[:, 0]
+        heat_PS[pairs] = basis[channels[pairs]] @ maps_BSD[slot].to(basis).T
+    return heat_PS
+
+
 def unit_peak_vectors(
     maps_BSD: Float[Tensor, "b s d"], image_slots: Int[Tensor, "p"], peaks: Peaks
 ) -> Float[Tensor, "p d"]:

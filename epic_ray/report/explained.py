@@ -1,7 +1,7 @@
 """From the tables of a run to pictures of explanations: every prototype is drawn from the image its row names.
 
-The only images read are those shown: the explained ones and their channels' prototypes, whose maps are computed
-anew for the overlays.
+The only images read are those shown: the explained ones, whose maps are computed anew for the overlays, and their
+channels' prototypes, whose overlays are in the table.
 """
 
 import io
@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ from epic_ray.pipeline import Run
 from epic_ray.report.pictures import ChannelRow, ExplanationPicture, Tile, draw_explanation
 from epic_ray.run_dir import PICTURES, table_file, table_folder
 from epic_ray.stages.fit import read_basis
-from epic_ray.stages.images import Address, find_images
+from epic_ray.stages.images import Address, addresses_at, find_images
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.reading import UnreadableError
 from epic_ray.stages.resources import likely_device, take_device
@@ -55,12 +56,11 @@ class Illustrator:
         self._weight = absorb(self._classifier.weight, self._basis)
         self._count = prototypes_per_channel
         table = read_table(run.run_dir, table_file("prototypes"))
-        kept = table.filter((pc.field("basis") == "after") & (pc.field("rank") <= prototypes_per_channel))
+        self._table = table.filter((pc.field("basis") == "after") & (pc.field("rank") <= prototypes_per_channel))
         self._prototypes: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for row in kept.to_pylist():
-            self._prototypes.setdefault((row["sign"], row["channel"]), []).append(row)
-        self._addresses = find_images(run.run_dir, "manifest", FITTING_SPLIT, kept["image_id"].to_pylist())
-        self._see = lru_cache(maxsize=_CACHED_IMAGES)(self._look)
+        self._addresses: dict[int, Address] = {}
+        self._read = lru_cache(maxsize=_CACHED_IMAGES)(_read)
+        self._see = lru_cache(maxsize=1)(self._look)
 
     def explain(self, address: Address, k: int, rank_by: Any) -> tuple[Seen, Explained]:
         """One image, explained here and now. Raises InputError for an image that cannot be read."""
@@ -86,6 +86,7 @@ class Illustrator:
             first, seen = rows[0], self._see(address)
         except (ImageError, UnreadableError) as error:
             raise InputError(f"{address.uri}: {error}; was it changed? explain the split again") from None
+        self._find_prototypes(rows)
         names = self._run.classes.names
         bias = float(self._classifier.bias[first["predicted"]])
         shares = self._weight[first["predicted"]] * (self._basis @ seen.maps[0].mean(dim=(1, 2)))
@@ -104,42 +105,64 @@ class Illustrator:
             footer=f"{self._run.config.name} · {self._run.config.model.architecture} · EPIC basis",
         )
 
+    def _find_prototypes(self, rows: list[dict[str, Any]]) -> None:
+        """Makes the prototypes of these channels, and where their images lie, known; not those of all channels."""
+        new = {(row["sign"], row["channel"]) for row in rows} - self._prototypes.keys()
+        channels = pa.array(sorted({channel for _, channel in new}), pa.int32())
+        self._prototypes |= {key: [] for key in new}
+        for row in self._table.filter(pc.is_in(self._table["channel"], value_set=channels)).to_pylist():
+            if (row["sign"], row["channel"]) in new:
+                self._prototypes[row["sign"], row["channel"]].append(row)
+        positions = {row["position"] for key in new for row in self._prototypes[key]} - self._addresses.keys()
+        if positions:
+            self._addresses |= addresses_at(self._run.run_dir, "manifest", FITTING_SPLIT, positions)
+
     def _channel(self, seen: Seen, row: dict[str, Any]) -> ChannelRow:
-        prototypes = self._prototypes.get((row["sign"], row["channel"]), [])
+        prototypes = self._prototypes[row["sign"], row["channel"]]
+        sign = 1.0 if row["sign"] == "positive" else -1.0
+        heat = sign * torch.einsum("d,dhw->hw", self._basis[row["channel"]], seen.maps[0])
         return ChannelRow(
             channel=row["channel"],
             sign=row["sign"],
             share=row["share"],
             score=row["score"],
             purity=row["purity"],
-            explained=self._tile(seen, row, f"peak · purity {row['purity']:.2f} · this image"),
+            explained=self._tile(
+                seen.image, heat.cpu().numpy(), row, f"peak · purity {row['purity']:.2f} · this image"
+            ),
             prototypes=tuple(self._prototype(prototype) for prototype in prototypes),
         )
 
     def _prototype(self, row: dict[str, Any]) -> Tile:
         name = "no label" if row["label"] is None else self._run.classes.names[row["label"]]
         caption = f"{name} · purity {row['purity']:.2f} · {row['image_id'].rsplit('/', 1)[-1]}"
+        heat = (1.0 if row["sign"] == "positive" else -1.0) * np.array(row["heat"], np.float32)
         try:
-            return self._tile(self._see(self._addresses[row["image_id"]]), row, caption)
+            image = self._read(self._addresses[row["position"]])
         except (ImageError, UnreadableError):
             return Tile(None, None, (0.0, 0.0, 1.0, 1.0), None, caption)
+        return self._tile(image, heat.reshape(self._classifier.grid), row, caption)
 
-    def _tile(self, seen: Seen, row: dict[str, Any], caption: str) -> Tile:
-        sign = 1.0 if row["sign"] == "positive" else -1.0
-        heat = sign * torch.einsum("d,dhw->hw", self._basis[row["channel"]], seen.maps[0])
+    def _tile(self, image: Image.Image, heat: np.ndarray, row: dict[str, Any], caption: str) -> Tile:
         box = _box(row)
-        grid_box = self._classifier.preprocessing.grid_box(seen.image.size)
-        return Tile(seen.image, heat.cpu().numpy(), grid_box, box, caption if box else f"{caption} (peak in padding)")
+        grid_box = self._classifier.preprocessing.grid_box(image.size)
+        return Tile(image, heat, grid_box, box, caption if box else f"{caption} (peak in padding)")
 
     def _look(self, address: Address) -> Seen:
-        try:
-            image = decode_image(address.read())
-        except StorageAway as error:
-            raise RunFailed(f"{address.uri}: {error}") from error
-        pixels = torch.from_numpy(self._classifier.preprocessing.apply(image)[None])
+        image, preprocessing = self._read(address), self._classifier.preprocessing
+        # what the classifier saw, which a reduced JPEG is and what a person sees is not
+        seen = preprocessing.load(address.read())[0] if preprocessing.scaled_decode else preprocessing.apply(image)
+        pixels = torch.from_numpy(seen[None])
         with torch.inference_mode():
             maps, logits = self._classifier(self._classifier.normalise(pixels.to(self._device)))
         return Seen(image, maps, logits)
+
+
+def _read(address: Address) -> Image.Image:
+    try:
+        return decode_image(address.read())
+    except StorageAway as error:
+        raise RunFailed(f"{address.uri}: {error}") from error
 
 
 def _box(row: dict[str, Any]) -> tuple[float, float, float, float] | None:

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from epic_ray.errors import RunFailed
-from epic_ray.method.preprocessing import ImageError, Preprocessing, decode_image
+from epic_ray.method.preprocessing import ImageError, Preprocessing
 
 GIB = 1024**3
 
@@ -97,7 +97,7 @@ def decode_plainly(
         starved = False
         faulthandler.dump_traceback_later(seconds_per_image, exit=True, file=_STDERR)
         try:
-            decoded.pixels[row], decoded.sizes_px[row] = _decode(image, preprocessing)
+            decoded.pixels[row], decoded.sizes_px[row] = preprocessing.load(image)
         except ImageError as error:
             decoded.reasons[row] = _one_line(error)
         except MemoryError:
@@ -156,11 +156,6 @@ def decode_carefully(
         if child:
             child.close()
     return decoded
-
-
-def _decode(data: bytes, preprocessing: Preprocessing) -> tuple[np.ndarray, tuple[int, int]]:
-    image = decode_image(data)
-    return preprocessing.apply(image), image.size
 
 
 def _one_line(error: Exception) -> str:
@@ -319,7 +314,7 @@ def serve(arguments: dict[str, Any]) -> None:
     while length := requests.read(_LENGTH.size):
         faulthandler.dump_traceback_later(arguments["seconds_per_image"] + _GRACE_SECONDS, exit=True, file=_STDERR)
         try:
-            pixels, size_px = _decode(requests.read(*_LENGTH.unpack(length)), preprocessing)
+            pixels, size_px = preprocessing.load(requests.read(*_LENGTH.unpack(length)))
         except ImageError as error:
             _answer(answers, _REFUSED, body=_one_line(error).encode(errors="replace")[:_LONGEST_REASON_BYTES])
         except MemoryError:

@@ -14,13 +14,15 @@ from epic_ray.run_dir import RunDir, unit_file
 from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.features import NON_FINITE
 from epic_ray.stages.fit import read_basis
-from epic_ray.stages.image_pass import Unit, UnitActor, UnitFacts
+from epic_ray.stages.forwarding import ForwardingActor
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.resources import Resources
+from epic_ray.stages.unit_actor import Unit
+from epic_ray.stages.units import UnitFacts
 from epic_ray.tables import TABLES, build_table, write_table
 
 
-class ExplainActor(UnitActor):
+class ExplainActor(ForwardingActor):
     """Turns a unit of images into a file of explanations."""
 
     def __init__(
@@ -37,17 +39,20 @@ class ExplainActor(UnitActor):
         self._weight = absorb(self.classifier.weight, self._basis)
         self._count, self._rank_by = channels_per_image, rank_by
 
-    def commit(self, unit: Unit, readable: np.ndarray) -> int:
+    def compute(self, unit: Unit, readable: np.ndarray) -> list[Explained]:
         parts = [
             explain_maps(maps, logits, self._weight, self.classifier.bias, self._basis, self._count, self._rank_by)
             for _, maps, logits in self.forward(unit.pixels, readable)
         ]
-        finite = _finite(parts)
+        return [part.cpu() for part in parts]
+
+    def publish(self, unit: Unit, readable: np.ndarray, results: list[Explained]) -> int:
+        finite = _finite(results)
         for row in readable[~finite]:
             unit.reasons[row] = NON_FINITE
-        table = explanation_table(unit, readable, parts, self.classifier.grid, self.classifier.preprocessing)
-        difference, agrees = _joined(parts, "difference")[finite], _joined(parts, "agrees")[finite]
-        relative = difference / (1 + np.abs(_joined(parts, "logit")[finite]))
+        table = explanation_table(unit, readable, results, self.classifier.grid, self.classifier.preprocessing)
+        difference, agrees = _joined(results, "difference")[finite], _joined(results, "agrees")[finite]
+        relative = difference / (1 + np.abs(_joined(results, "logit")[finite]))
         good = int(finite.sum())
         facts = UnitFacts(
             decoded=len(readable),

@@ -13,18 +13,21 @@ import torch
 
 from epic_ray.config import FITTING_SPLIT, ModelConfig, fingerprint
 from epic_ray.errors import InputError, ResultError
+from epic_ray.method.classifier import SplitClassifier
 from epic_ray.run_dir import RunDir, table_folder, unit_file, unit_map_file
 from epic_ray.stages.attempts import Attempts
-from epic_ray.stages.image_pass import FINGERPRINT_KEY, Unit, UnitActor, UnitFacts, committed_units, find_units
+from epic_ray.stages.forwarding import ForwardingActor
 from epic_ray.stages.images import SplitImages, UnitRange, cut_units
 from epic_ray.stages.maps import cells_last, committed_map_units, write_maps
 from epic_ray.stages.resources import Resources
+from epic_ray.stages.unit_actor import Unit
+from epic_ray.stages.units import FINGERPRINT_KEY, UnitFacts, committed_units, find_units
 from epic_ray.tables import build_table, read_table, to_numpy, write_table
 
 NON_FINITE = "the classifier's features or logits are not finite for this image"
 
 
-class FeatureActor(UnitActor):
+class FeatureActor(ForwardingActor):
     """Turns a unit of images into files of features, maps (if kept) and statuses, the last of which commits it."""
 
     def __init__(
@@ -33,9 +36,17 @@ class FeatureActor(UnitActor):
         super().__init__(run_dir, model, resources, attempts)
         self._keep_maps = keep_maps
 
-    def commit(self, unit: Unit, readable: np.ndarray) -> int:
-        results = self._compute(unit, readable)
-        decoded = len(readable)
+    def compute(self, unit: Unit, readable: np.ndarray) -> "_Results":
+        classifier, parts = self.classifier, []
+        cells = classifier.grid[0] * classifier.grid[1]
+        maps_kept = np.empty((len(readable), cells if self._keep_maps else 0, classifier.channel_count), np.float32)
+        for rows, maps, logits in self.forward(unit.pixels, readable):
+            parts.append(_measure(maps, logits, classifier.weight, classifier.bias))
+            if self._keep_maps:
+                torch.from_numpy(maps_kept[rows]).copy_(cells_last(maps))
+        return _Results.of(parts, maps_kept, classifier)
+
+    def publish(self, unit: Unit, readable: np.ndarray, results: "_Results") -> int:
         finite = results.finite
         for row in readable[~finite]:
             unit.reasons[row] = NON_FINITE
@@ -44,7 +55,7 @@ class FeatureActor(UnitActor):
         difference = results.difference[finite]
         relative = difference / (1 + np.abs(results.logit[finite]))
         facts = UnitFacts(
-            decoded=decoded,
+            decoded=len(readable),
             readable=len(good),
             failed=unit.rows.num_rows - len(good),
             max_abs_difference=float(difference.max(initial=0)),
@@ -63,27 +74,6 @@ class FeatureActor(UnitActor):
         return written + write_table(
             self.run_dir, unit_file("images", *names), self._images(unit, good, results, about)
         )
-
-    def _compute(self, unit: Unit, readable: np.ndarray) -> "_Results":
-        classifier, count = self.classifier, len(readable)
-        cells = classifier.grid[0] * classifier.grid[1]
-        results = _Results.empty(
-            count, classifier.channel_count, classifier.class_count, cells if self._keep_maps else 0
-        )
-        for rows, maps, logits in self.forward(unit.pixels, readable):
-            pooled = maps.mean(dim=(2, 3))
-            rebuilt = pooled @ classifier.weight.T + classifier.bias
-            results.pooled[rows] = pooled.cpu().numpy()
-            results.logits[rows] = logits.cpu().numpy()
-            results.agrees[rows] = (rebuilt.argmax(dim=1) == logits.argmax(dim=1)).cpu().numpy()
-            results.difference[rows] = (rebuilt - logits).abs().amax(dim=1).cpu().numpy()
-            top = logits.max(dim=1)
-            results.predicted[rows] = top.indices.cpu().numpy()
-            results.logit[rows] = top.values.cpu().numpy()
-            results.probability[rows] = torch.exp(top.values - logits.logsumexp(dim=1)).cpu().numpy()
-            if self._keep_maps:
-                results.maps[rows] = cells_last(maps).cpu().numpy()
-        return results
 
     def _features(
         self, unit: Unit, good: np.ndarray, results: "_Results", finite: np.ndarray, about: dict[str, str]
@@ -120,22 +110,47 @@ class FeatureActor(UnitActor):
         return build_table("images", columns, about)
 
 
+def _measure(
+    maps: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What is kept of a batch, on its device."""
+    with torch.inference_mode():
+        pooled = maps.mean(dim=(2, 3))
+        rebuilt = pooled @ weight.T + bias
+        logit, predicted = logits.max(dim=1)
+        return {
+            "pooled": pooled,
+            "logits": logits,
+            "difference": (rebuilt - logits).abs().amax(dim=1),
+            "predicted": predicted.to(torch.int32),
+            "logit": logit,
+            "probability": torch.exp(logit - logits.logsumexp(dim=1)),
+            "agrees": rebuilt.argmax(dim=1) == predicted,
+        }
+
+
 @dataclass
 class _Results:
+    """What the forwards of a unit gave, in the order of its readable rows."""
+
     pooled: np.ndarray
     logits: np.ndarray
-    maps: np.ndarray
     difference: np.ndarray
     predicted: np.ndarray
     logit: np.ndarray
     probability: np.ndarray
     agrees: np.ndarray
+    maps: np.ndarray
 
     @classmethod
-    def empty(cls, count: int, channels: int, classes: int, cells: int) -> "_Results":
-        floats = [np.empty((count, *shape), np.float32) for shape in ((channels,), (classes,), (cells, channels), ())]
-        scalars = [np.empty(count, dtype) for dtype in (np.int32, np.float32, np.float32, bool)]
-        return cls(*floats, *scalars)
+    def of(cls, parts: list[dict[str, torch.Tensor]], maps: np.ndarray, classifier: SplitClassifier) -> "_Results":
+        """From the batches' own results, fetched from the device at once."""
+        if not parts:
+            weight = classifier.weight
+            nothing = weight.new_zeros((0, classifier.channel_count, 1, 1)), weight.new_zeros((0, len(weight)))
+            parts = [_measure(*nothing, weight, classifier.bias)]
+        joined = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        return cls(**joined, maps=maps)
 
     @property
     def finite(self) -> np.ndarray:
@@ -312,6 +327,6 @@ def check_split(run_dir: RunDir, passes: Iterable[FeaturePass], tolerance: float
             worst = table.take(pc.sort_indices(relative, [("", "descending")])[:1]).to_pylist()[0]
             raise InputError(
                 f"{passed.split}: the split of the classifier does not hold, worst on {worst['image_id']} (logits "
-                f"differ by {worst['split_difference']:.2e}, model.tolerance is {tolerance:g}); "
+                f"differ by {worst['split_difference']:.2e}, allowed is {tolerance:g}); "
                 "the head is not affine in the pooled map; raise model.tolerance only if you know why"
             )

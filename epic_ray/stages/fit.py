@@ -402,7 +402,7 @@ class StoredMaps:
         own = self._own_images(top)
         if len(self._store.missing(own)):
             if self._gatherer is None:
-                job, classifier = self._job, load(self._job.config.model)
+                job, classifier = self._job, load(self._job.config.model, self._job.resources.precision)
                 made_from, batch_size = job.passed.fingerprint, job.resources.batch_size
                 self._gatherer = MapGatherer(self._store, made_from, classifier, batch_size, self._device)
             self._gatherer.ensure(own)

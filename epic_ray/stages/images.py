@@ -22,7 +22,7 @@ from epic_ray.config import DataConfig, fingerprint
 from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir, table_file
-from epic_ray.stages.loading import ClassNames
+from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.reading import ImageReader
 from epic_ray.stages.sources import Source, find_source
 from epic_ray.tables import TABLES, build_table, read_batches, read_metadata, take_rows, write_tables
@@ -333,6 +333,15 @@ def read_unit(run_dir: RunDir, unit: UnitRange) -> pa.Table:
 def read_positions(run_dir: RunDir, split: str, positions: np.ndarray) -> pa.Table:
     """The manifest's rows at ascending positions."""
     return take_rows(run_dir, table_file("manifest", split), positions)
+
+
+def addresses_at(run_dir: RunDir, table: str, split: str, positions: Iterable[int]) -> dict[int, Address]:
+    """Where images lie, by their rows in a table that lists them; only these rows are read."""
+    rows = np.array(sorted(set(positions)), np.int64)
+    column = image_column(run_dir, table, split)
+    found = take_rows(run_dir, table_file(table, split), rows, list(Address._fields[:-1]))
+    places = (Address(**row, column=column) for row in found.to_pylist())
+    return dict(zip(rows.tolist(), places, strict=True))
 
 
 def find_images(run_dir: RunDir, table: str, split: str, image_ids: Iterable[str]) -> dict[str, Address]:

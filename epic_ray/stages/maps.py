@@ -19,12 +19,12 @@ import torch
 
 from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.method.classifier import SplitClassifier
-from epic_ray.method.preprocessing import ImageError, decode_image
+from epic_ray.method.preprocessing import ImageError
 from epic_ray.run_dir import CHOSEN_MAPS, UNIT_MAPS, RunDir, chosen_map_file, map_folder, unit_number
 from epic_ray.stages.decoding import decode_carefully
 from epic_ray.stages.images import image_column, read_positions
 from epic_ray.stages.reading import ImageReader, UnreadableError
-from epic_ray.stages.resources import MIB
+from epic_ray.stages.resources import MIB, available_cores
 from epic_ray.tables import to_numpy
 
 _BLOCK_BYTES = 128 * MIB
@@ -207,7 +207,7 @@ class MapGatherer:
         cells = classifier.grid[0] * classifier.grid[1]
         out = np.empty((len(positions), cells, classifier.channel_count), np.float32)
         batch = np.zeros((self._batch_size, height, width, 3), np.uint8)
-        with ThreadPoolExecutor(max_workers=4) as pool:
+        with ThreadPoolExecutor(max(4, available_cores())) as pool:
             for start in range(0, len(positions), self._batch_size):
                 rows = read_positions(self.store.run_dir, self.store.split, positions[start : start + self._batch_size])
                 count = rows.num_rows
@@ -227,7 +227,7 @@ class MapGatherer:
         try:
             if isinstance(data, OSError):
                 raise data
-            return self._classifier.preprocessing.apply(decode_image(data))
+            return self._classifier.preprocessing.load(data)[0]
         except MemoryError:  # it came through the pass in a process of its own
             decoded = decode_carefully(iter([data]), 1, self._classifier.preprocessing)
             if decoded.reasons[0]:

@@ -1,5 +1,6 @@
 """Final tables of a fit: prototypes and purity, before and after, on the fitting and the held-out split."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from epic_ray.config import FITTING_SPLIT, ModelConfig, RunConfig
 from epic_ray.logs import Reporter
-from epic_ray.method.peaks import Peaks, find_peaks_grouped
+from epic_ray.method.peaks import Peaks, find_peaks_grouped, heat_maps
 from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.method.topk import TopN
 from epic_ray.run_dir import RunDir, table_file
@@ -56,7 +57,10 @@ def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter)
                 peaks = {sign: _peaks(store, top, bases[name], sign) for sign, top in tops.items()}
                 purity += _purity_rows(name, split, peaks[1])
                 if split == FITTING_SPLIT:
-                    prototypes += [_prototype_table(job, name, passed, sign, tops[sign], peaks[sign]) for sign in tops]
+                    prototypes += [
+                        _prototype_table(job, name, passed, sign, tops[sign], peaks[sign], store, bases[name])
+                        for sign in tops
+                    ]
                 meter.advance()
     tables = {"prototypes": pa.concat_tables(prototypes), "purity": pa.concat_tables(purity)}
     for name, table in tables.items():
@@ -94,26 +98,38 @@ def _gather(
 ) -> int:
     device = take_device(resources.device, resources.threads)
     store = MapStore(run_dir, passed.split, passed.made_from())
-    gatherer = MapGatherer(store, passed.fingerprint, load(model), resources.batch_size, device)
+    gatherer = MapGatherer(store, passed.fingerprint, load(model, resources.precision), resources.batch_size, device)
     return gatherer.ensure(positions)
 
 
 def _peaks(store: MapStore, top: TopN, basis: torch.Tensor, sign: int) -> dict[str, np.ndarray]:
     """Purity and peak cell of every (channel, slot) of `top`; unused slots are NaN and -1."""
     channels, slots = (top.indices >= 0).nonzero(as_tuple=True)
-    images = top.indices[channels, slots]
     out: dict[str, np.ndarray] = {
         "purity": np.full(top.indices.shape, np.nan, np.float32),
         "cells": np.full(top.indices.shape, -1, np.int64),
     }
-    for positions, maps in store.blocks(images.unique().numpy()):
-        among = torch.from_numpy(positions)
-        rows = torch.isin(images, among).nonzero()[:, 0]
-        image_slots = torch.searchsorted(among, images[rows])
-        peaks: Peaks = find_peaks_grouped(torch.from_numpy(maps), image_slots, channels[rows], basis, sign)
+    for rows, maps, image_slots in _blocks(store, top.indices[channels, slots]):
+        peaks: Peaks = find_peaks_grouped(maps, image_slots, channels[rows], basis, sign)
         where = (channels[rows].numpy(), slots[rows].numpy())
         out["purity"][where], out["cells"][where] = peaks.purity.numpy(), peaks.cells.numpy()
     return out
+
+
+def _heat(store: MapStore, images: torch.Tensor, channels: torch.Tensor, basis: torch.Tensor, cells: int) -> np.ndarray:
+    """The channel at every cell (P, S) of each (image, channel) pair."""
+    out = np.zeros((len(images), cells), np.float32)
+    for rows, maps, image_slots in _blocks(store, images):
+        out[rows.numpy()] = heat_maps(maps, image_slots, channels[rows], basis).numpy()
+    return out
+
+
+def _blocks(store: MapStore, images: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(rows of `images`, maps (b,S,D), the place of each row's image among these) in blocks of bounded memory."""
+    for positions, maps in store.blocks(images.unique().numpy()):
+        among = torch.from_numpy(positions)
+        rows = torch.isin(images, among).nonzero()[:, 0]
+        yield rows, torch.from_numpy(maps), torch.searchsorted(among, images[rows])
 
 
 def _purity_rows(basis: str, split: str, peaks: dict[str, np.ndarray]) -> list[pa.Table]:
@@ -137,7 +153,14 @@ def _purity_rows(basis: str, split: str, peaks: dict[str, np.ndarray]) -> list[p
 
 
 def _prototype_table(
-    job: PrototypesJob, basis: str, passed: FeaturePass, sign: int, top: TopN, peaks: dict[str, np.ndarray]
+    job: PrototypesJob,
+    basis: str,
+    passed: FeaturePass,
+    sign: int,
+    top: TopN,
+    peaks: dict[str, np.ndarray],
+    store: MapStore,
+    matrix: torch.Tensor,
 ) -> pa.Table:
     per_channel = job.config.prototypes.per_channel
     indices, values = top.indices[:, :per_channel].numpy(), top.values[:, :per_channel].numpy()
@@ -153,6 +176,7 @@ def _prototype_table(
         "sign": [SIGN_NAMES[sign]] * count,
         "channel": channels.astype(np.int32),
         "rank": (slots + 1).astype(np.int32),
+        "position": indices[channels, slots],
         "image_id": images["image_id"],
         "label": images["label"],
         "value": sign * values[channels, slots],
@@ -160,6 +184,13 @@ def _prototype_table(
         "cell_row": cells[:, 0].astype(np.int32),
         "cell_col": cells[:, 1].astype(np.int32),
         "box_xyxy_px": job.preprocessing.cell_boxes(cells, job.grid, sizes),
+        "heat": _heat(
+            store,
+            torch.from_numpy(indices[channels, slots]),
+            torch.from_numpy(channels),
+            matrix,
+            job.grid[0] * job.grid[1],
+        ),
     }
     return build_table("prototypes", columns)
 

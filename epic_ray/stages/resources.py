@@ -43,6 +43,7 @@ class Resources:
     device: str
     threads: int
     batch_size: int
+    precision: str
     cluster_cpus: int
     cluster_gpus: int
 
@@ -109,7 +110,19 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
         raise ClusterError("resources: device is cuda, but no actor holds a GPU; set resources.gpus_per_actor")
     now = int(gpus_now / gpus_per_actor) if gpus_per_actor else _cpu_actors(cpus, threads)
     device = config.device if config.device != "auto" else ("cuda" if gpus_per_actor else "cpu")
-    return Resources(actors, max(1, min(now, actors)), gpus_per_actor, device, threads, config.batch_size, cpus, gpus)
+    if config.precision == "tf32" and device != "cuda":
+        raise ClusterError("resources: precision tf32 is arithmetic of GPUs, and the device is cpu; set float32")
+    return Resources(
+        feature_actors=actors,
+        actors_at_once=max(1, min(now, actors)),
+        gpus_per_actor=gpus_per_actor,
+        device=device,
+        threads=threads,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        cluster_cpus=cpus,
+        cluster_gpus=gpus,
+    )
 
 
 def _demand_room(config: ResourcesConfig, cpus: float, gpus_now: float, gpus: float) -> None:

@@ -308,3 +308,22 @@ def test_normalised_images_equal_torchvisions():
     ]
     assert torch.equal(split.normalise(images), torch.stack(expected))
     assert split.double().normalise(images).dtype == torch.float64
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_half_precision_gives_float32_results_near_those_of_full_precision(precision):
+    split = split_classifier(Net(lambda net, x: net.fc(x.mean((2, 3)))), PREPROCESSING)
+    full = split(_images())
+    split.precision = precision
+    for half, exact in zip(split(_images()), full, strict=True):
+        assert half.dtype == torch.float32
+        difference = float((half - exact).abs().max())
+        assert 0 < difference < 0.05, "it was another arithmetic, and its rounding alone"
+
+
+def test_a_precision_that_the_device_does_not_have_is_refused():
+    split = split_classifier(Net(lambda net, x: net.fc(x.mean((2, 3)))), PREPROCESSING)
+    for precision in ("tf32", "float8"):
+        split.precision = precision
+        with pytest.raises(ValueError, match=precision):
+            split(_images())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epic_ray.method.basis import orthogonal_from_skew, random_basis
-from epic_ray.method.peaks import find_peaks, find_peaks_grouped, unit_peak_vectors
+from epic_ray.method.peaks import find_peaks, find_peaks_grouped, heat_maps, unit_peak_vectors
 
 seeds = st.integers(0, 2**31)
 signs = st.sampled_from([+1, -1])
@@ -48,6 +48,19 @@ def test_purity_ignores_the_scale_of_the_features_and_stays_in_range(seed, scale
     peaks, scaled = (find_peaks(factor * maps, channels, basis, sign) for factor in (1.0, scale))
     torch.testing.assert_close(peaks.purity, scaled.purity, rtol=0, atol=1e-5)
     assert (peaks.purity.abs() <= 1).all()
+
+
+@given(seed=seeds, d=st.integers(1, 8), s=st.integers(1, 9))
+@settings(deadline=None)
+def test_a_heat_map_has_the_channel_at_every_cell_and_is_largest_at_its_peak(seed, d, s):
+    maps, basis = cells(4, s, d, seed), random_basis(d, seed).double()
+    slots = torch.randint(0, 4, (10,), generator=torch.Generator().manual_seed(seed))
+    channels = torch.randint(0, d, (10,), generator=torch.Generator().manual_seed(seed + 1))
+    heat = heat_maps(maps, slots, channels, basis)
+    for row, (slot, channel) in enumerate(zip(slots.tolist(), channels.tolist(), strict=True)):
+        expected = torch.stack([(basis @ cell)[channel] for cell in maps[slot]])
+        torch.testing.assert_close(heat[row], expected)
+    assert (heat.argmax(dim=1) == find_peaks_grouped(maps, slots, channels, basis).cells).all()
 
 
 def test_a_one_hot_cell_is_pure():

@@ -364,3 +364,33 @@ def test_each_box_is_mapped_with_its_own_images_size():
     preprocessing = Preprocessing(64, (64, 64))
     boxes = preprocessing.cell_boxes(np.array([[0, 0], [1, 1]]), (2, 2), np.array([[64, 64], [256, 128]]))
     assert boxes.tolist() == [[0, 0, 32, 32], [128, 64, 192, 128]]
+
+
+# ---------------------------------------------------------------- reduced decoding
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(("size", "reduced"), [((500, 375), False), ((512, 512), True), ((1100, 2900), True)])
+def test_a_large_jpeg_is_reduced_while_it_is_decoded_to_nearly_the_same_input(orientation, size, reduced):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = _noise(size[0] // 6, size[1] // 6).resize(size, Image.Resampling.BICUBIC)
+    data = _bytes(image, "JPEG", exif=exif, quality=95)
+    exact, original = Preprocessing(256, (224, 224)).load(data)
+    scaled, told = Preprocessing(256, (224, 224), scaled_decode=True).load(data)
+    assert told == original == (size if orientation < 5 else size[::-1]), "the size is that of the file, for boxes"
+    difference = np.abs(exact.astype(int) - scaled).mean()
+    assert difference < 2
+    assert (difference > 0) == reduced, "an image that is no twice as large stays equal to the bit"
+
+
+def test_only_jpegs_are_reduced():
+    data = _bytes(_noise(700, 600))
+    exact, scaled = (Preprocessing(64, (48, 48), scaled_decode=reduce).load(data)[0] for reduce in (False, True))
+    np.testing.assert_array_equal(exact, scaled)
+
+
+def test_an_absurdly_long_jpeg_is_refused_also_where_it_would_be_reduced():
+    data = _bytes(Image.new("RGB", (60_000, 2)), "JPEG")
+    with pytest.raises(ImageError, match="too elongated"):
+        Preprocessing(256, (224, 224), scaled_decode=True).load(data)

@@ -17,6 +17,7 @@ from epic_ray.errors import InputError, ResultError
 from epic_ray.logs import Reporter
 from epic_ray.method.backbones import load_classifier
 from epic_ray.run_dir import RunDir
+from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.images import (
     Listing,
     _Digests,
@@ -25,7 +26,6 @@ from epic_ray.stages.images import (
     read_positions,
     read_unit,
 )
-from epic_ray.stages.loading import ClassNames
 from epic_ray.tables import read_table
 
 

@@ -28,7 +28,7 @@ def run_once(config: RunConfig) -> tuple[dict, RunDir]:
 
 def all_rows(run_dir: RunDir, table: str) -> list[dict]:
     rows = ds.dataset(run_dir.path(f"tables/{table}")).to_table().to_pylist()
-    keys = [key for key in ("basis", "split", "sign", "position", "channel", "n", "rank", "round") if key in rows[0]]
+    keys = [key for key in ("basis", "split", "sign", "channel", "n", "rank", "round", "position") if key in rows[0]]
     return sorted(rows, key=lambda row: [row[key] for key in keys])
 
 
@@ -87,6 +87,8 @@ def test_prototypes_equal_a_brute_force_loop(settings, batch_size):
                     purity = float(sign * (z @ basis[channel]) / z.norm()) if z.norm() > 0 else 0.0
                     assert row["purity"] == pytest.approx(purity, abs=1e-5)
                     assert row["value"] == pytest.approx(sign * values[n], abs=1e-6)
+                    assert row["position"] == n
+                    np.testing.assert_allclose(row["heat"], maps[n] @ basis[channel], atol=1e-5)
                     assert row["cell_row"] * 8 + row["cell_col"] == cell or purity == pytest.approx(
                         float(sign * (maps[n, row["cell_row"] * 8 + row["cell_col"]] @ basis[channel]) / z.norm()),
                         abs=1e-5,
@@ -105,6 +107,16 @@ def test_two_feature_actors_on_two_gpus_give_the_tables_of_one(settings, undistu
     # which of the two takes how many of the five units is Ray's affair: one may be ready first and take them all
     assert (record["resources"]["feature_actors"], record["resources"]["gpus_per_actor"]) == (2, 1)
     assert tables_of(run_dir) == tables_of(undisturbed[1])
+
+
+def test_half_precision_gives_another_run_near_the_full_one_and_says_how_near(settings, undisturbed):
+    record, run_dir = run_once(settings(resources={"precision": "bfloat16"}))
+    exact, found = (
+        np.stack([row["pooled"] for row in all_rows(where, "features")]) for where in (undisturbed[1], run_dir)
+    )
+    assert 0 < np.abs(exact - found).max() < 0.05
+    assert 1e-4 < record["logits"]["max_abs_difference"] < 0.5
+    assert undisturbed[0]["logits"]["max_abs_difference"] < 1e-4
 
 
 def test_another_batch_size_changes_features_by_rounding_alone(settings, undisturbed):

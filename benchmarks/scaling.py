@@ -1,0 +1,221 @@
+"""How the pass scales with its actors: the real pipeline, stand-ins for the classifier and for the images.
+
+    python benchmarks/scaling.py [1 4 16 64] [--rows 1280000] [--rate 200] [--channels 64] [--unit 1024]
+
+A stand-in actor sleeps for as long as a classifier of `--rate` images a second would compute, then publishes files of
+synthetic features as the real one does; a stand-in decoder reads the manifest and makes pictures of a pixel. All else
+is real: the listing, Ray Data, actors (one fake GPU each), the notes of attempts, Parquet files, their commits. A run
+of fewer actors has fewer rows, so that all take about as long. Efficiency is images a second between 10 and 90 % of the
+rows over actors x rate. CPU seconds are of the driver between the same two moments.
+"""
+
+import argparse
+import os
+import resource
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import bench
+import numpy as np
+import pyarrow as pa
+
+from epic_ray.stages.decode_unit import DecodeUnit
+from epic_ray.stages.decoding import Decoded
+from epic_ray.stages.unit_actor import Unit, UnitActor
+from epic_ray.stages.units import UnitFacts
+
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class StandInDecoder(DecodeUnit):
+    """Reads a unit's rows of the manifest, and makes a picture of one pixel of each."""
+
+    def _decode_rows(self, reader: Any, rows: pa.Table, careful: bool) -> Decoded:
+        decoded = Decoded.blank(rows.num_rows, self._preprocessing)
+        decoded.sizes_px[:] = 500, 375
+        return decoded
+
+
+class StandInActor(UnitActor):
+    """Sleeps for as long as a classifier would compute; publishes features drawn at random."""
+
+    def __init__(self, run_dir: Any, attempts: Any, rate: float, channels: int, actors: int, ready: str) -> None:
+        super().__init__(run_dir, attempts)
+        self._rate, self._pooled = rate, np.random.default_rng(os.getpid()).random((8192, channels), np.float32)
+        (Path(ready) / str(os.getpid())).touch()
+        while len(os.listdir(ready)) < actors:  # all begin together: their start is not what is measured
+            time.sleep(0.2)
+
+    def compute(self, unit: Unit, readable: np.ndarray) -> np.ndarray:
+        time.sleep(len(readable) / self._rate)
+        return self._pooled[: len(readable)]
+
+    def publish(self, unit: Unit, readable: np.ndarray, results: np.ndarray) -> int:
+        from epic_ray.run_dir import unit_file
+        from epic_ray.tables import build_table, write_table
+
+        count = len(readable)
+        about = self.metadata(unit, UnitFacts(count, count, 0, 0.0, 0.0, count))
+        named = {name: unit.rows[name] for name in ("split", "position", "image_id")}
+        features = build_table("features", {**named, "pooled": results}, about)
+        ones = np.ones(count, np.float32)
+        columns: dict[str, Any] = {
+            **named,
+            "label": unit.rows["label"],
+            "status": pa.array(["ok"] * count),
+            "reason": pa.nulls(count, pa.string()),
+            "width_px": unit.sizes_px[:, 0],
+            "height_px": unit.sizes_px[:, 1],
+            "predicted": np.zeros(count, np.int32),
+            "logit": ones,
+            "probability": ones,
+            "split_difference": ones,
+        }
+        written = write_table(self.run_dir, unit_file("features", unit.split, unit.number), features)
+        images = build_table("images", columns, about)
+        return written + write_table(self.run_dir, unit_file("images", unit.split, unit.number), images)
+
+
+class Watch:
+    """Looks at the run and at this process while a pass runs: (time, CPU seconds, units committed) again and again."""
+
+    def __init__(self, commits: Path) -> None:
+        self._commits, self._ended = commits, threading.Event()
+        self.looks: list[tuple[float, float, int]] = []
+        self.store_bytes = 0.0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        import ray
+
+        whole = ray.cluster_resources()["object_store_memory"]
+        while not self._ended.wait(SECONDS_BETWEEN_LOOKS):
+            units = len(os.listdir(self._commits)) if self._commits.exists() else 0
+            self.looks.append((time.monotonic(), cpu_seconds(), units))
+            free = ray.available_resources().get("object_store_memory", whole)
+            self.store_bytes = max(self.store_bytes, whole - free)
+
+    def between(self, low: float, high: float, units: int) -> tuple[float, float, int]:
+        """Seconds, CPU seconds and units between two shares of the units."""
+        first = next(look for look in self.looks if look[2] >= low * units)
+        last = next(look for look in self.looks if look[2] >= high * units)
+        return last[0] - first[0], last[1] - first[1], last[2] - first[2]
+
+
+def main() -> None:
+    """Runs the pass for each number of actors, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("actors", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--rows", type=int, default=1_280_000, help="images of the run with the most actors")
+    parser.add_argument("--rate", type=float, default=200, help="images a second of one actor")
+    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--unit", type=int, default=1024, help="images of a unit")
+    arguments = parser.parse_args()
+    import ray
+
+    from epic_ray.logs import quiet_ray
+
+    quiet_ray()
+    ray.init(
+        address="local", num_cpus=max(4, bench.cores()), num_gpus=max(arguments.actors), include_dashboard=False,
+        object_store_memory=2 * 1024**3, log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    print(bench.heading() + "\n")
+    rows = []
+    for actors in arguments.actors:
+        count = arguments.rows * actors // max(arguments.actors)
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(Path(folder), actors, count, arguments))
+    print(bench.table(rows))
+
+
+def measure(folder: Path, actors: int, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A row of the table: one pass."""
+    from epic_ray.logs import Reporter
+    from epic_ray.method.preprocessing import Preprocessing
+    from epic_ray.run_dir import RunDir
+    from epic_ray.stages.image_pass import run_pass
+    from epic_ray.stages.images import cut_units
+    from epic_ray.stages.resources import Resources
+    from epic_ray.stages.units import committed_units
+
+    run_dir, ready = RunDir(str(folder / "run")), folder / "ready"
+    ready.mkdir()
+    units = cut_units(list_images(folder, run_dir, count, arguments.unit), "stand-in")
+
+    def to_do() -> list[Any]:
+        done = committed_units(run_dir, "images", units)
+        return [unit for unit in units if unit.number not in done]
+
+    stand_in = {
+        "run_dir": run_dir,
+        "rate": arguments.rate,
+        "channels": arguments.channels,
+        "actors": min(actors, len(units)),
+        "ready": str(ready),
+    }
+    resources = Resources(actors, actors, 1.0, "cpu", 1, 64, "float32", 4, actors)
+    start = time.monotonic()
+    with Watch(folder / "run/tables/images/train") as watch:
+        run_pass(
+            "features", StandInActor, stand_in, to_do, Preprocessing(None, (1, 1)), resources, Reporter(), count,
+            StandInDecoder,
+        )  # fmt: skip
+    seconds, cpu, done = watch.between(0.1, 0.9, len(units))
+    rate = done * arguments.unit / seconds
+    return {
+        "actors": actors,
+        "images": f"{count:,}",
+        "units": len(units),
+        "images/s": f"{rate:,.0f}",
+        "efficiency": f"{rate / (actors * arguments.rate):.0%}",
+        "driver CPU": f"{cpu / seconds:.0%} of a core",
+        "driver ms a unit": f"{1000 * cpu / done:.0f}",
+        "driver peak": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB",
+        "object store peak": f"{watch.store_bytes / 2**20:,.0f} MiB",
+        "whole pass s": f"{time.monotonic() - start:.0f}",
+    }
+
+
+def list_images(folder: Path, run_dir: Any, count: int, unit: int) -> Any:
+    """The manifest of as many images as asked, listed from a CSV of addresses that nobody reads."""
+    from epic_ray.config import DataConfig
+    from epic_ray.logs import Reporter
+    from epic_ray.stages.classes import ClassNames
+    from epic_ray.stages.images import Listing
+
+    data = folder / "data"
+    data.mkdir()
+    lines = (f"n{number % 1000:08d}/n{number % 1000:08d}_{number}.JPEG,{number % 10}\n" for number in range(count))
+    with open(data / "train.csv", "w") as file:
+        file.write("uri,label\n")
+        file.writelines(lines)
+    listing = Listing(DataConfig(root=str(data), splits={"train": "train.csv"}), ["train"], Reporter(), run_dir)
+    classes = ClassNames([str(number) for number in range(10)], [None] * 10, "numbers")
+    images = listing.label(classes, unit)["train"]
+    listing.publish(classes)
+    return images
+
+
+def cpu_seconds() -> float:
+    """What this process has used so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+if __name__ == "__main__":
+    main()
