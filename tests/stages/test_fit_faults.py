@@ -519,7 +519,7 @@ def test_an_interrupt_while_the_workers_start_leaves_nothing(prepared, tmp_path)
     with pytest.raises(KeyboardInterrupt), interrupts.catch_signals():
         fit.fit_basis(job, Listener())
     wait_until(lambda: not processes_of_the_fit(), 15)
-    assert ray.available_resources()["CPU"] == 4
+    wait_until(lambda: ray.available_resources()["CPU"] == 4, 15)  # Ray's own books are a moment behind
 
 
 # --- progress
