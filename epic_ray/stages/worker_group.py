@@ -23,7 +23,13 @@ from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    PlacementGroupID,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from epic_ray import interrupts
 from epic_ray.errors import ClusterError, EpicError
@@ -109,6 +115,7 @@ class _Trainer(TorchTrainer):
         self._controller = controller
 
     def fit(self) -> ray.train.Result:
+        before = _own_reservations()
         try:
             return super().fit()
         except Exception:
@@ -119,11 +126,21 @@ class _Trainer(TorchTrainer):
         finally:
             if self._controller is not None:
                 ray.kill(self._controller)
+            # a controller that is aborted while its workers start forgets what it has reserved for them
+            for left in _own_reservations() - before:
+                with suppress(ray_errors.RayError):
+                    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(left))))
 
     def _abort(self) -> None:
         if self._controller is not None:
             with suppress(ray_errors.RayError):  # it ends itself, so the answer is always an error
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_SECONDS)
+
+
+def _own_reservations() -> set[str]:
+    """The placement groups of this job that are not removed, by their ids, which end with the job's."""
+    job = ray.get_runtime_context().get_job_id()
+    return {key for key, facts in placement_group_table().items() if facts["state"] != "REMOVED" and key.endswith(job)}
 
 
 def worker_loss(error: BaseException) -> str | None:

@@ -211,7 +211,7 @@ def test_a_store_is_away_for_too_long(in_store, undisturbed, fault_table, where)
 # --- an image that no decoder ends with
 
 
-def endless_jpeg(side: int = 4000, scans: int = 50_000) -> bytes:
+def endless_jpeg(side: int = 4000, scans: int = 250_000) -> bytes:
     """A gray progressive JPEG of a few bytes a scan, each of which goes over every block of the image."""
 
     def segment(marker: int, *body: int) -> bytes:
