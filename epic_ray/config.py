@@ -121,8 +121,9 @@ class FeaturesConfig(Section):
 
     map_budget_bytes: Annotated[int, Field(ge=0)] = 8 * 1024**3
     """Feature maps of all images are kept during the pass if they need at most this; else those of chosen images."""
-    dtype: Literal["float32"] = "float32"
-    """Type of the stored features."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the stored pooled features; float16 takes half the space and changes a few prototypes, as scores that
+    differ by less than a thousandth may change places. Scores are computed in float32 from either."""
     unit_size: Annotated[int, Field(ge=1, le=8192)] = 512
     """Images of a unit: the unit of work, of commitment and of resumption."""
 
@@ -223,6 +224,8 @@ class ResourcesConfig(Section):
     precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
     """Arithmetic of the forwards: float32; tf32 (GPUs) or float16 and bfloat16 (torch's autocast) where speed is worth
     logits that are no longer exact: the proof then allows `PRECISION_TOLERANCES`, and run.json tells what it found."""
+    feature_cache_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    """Pooled features that each process of the fit keeps in memory; those beyond it are read anew in each round."""
 
 
 class OutputConfig(Section):

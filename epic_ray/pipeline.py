@@ -201,6 +201,7 @@ def _features(run: Run, resources: Resources, made_from: str) -> dict[str, Any]:
         "model": run.config.model,
         "resources": resources,
         "keep_maps": run.maps_kept,
+        "dtype": run.config.features.dtype,
     }
     done, units = _units_done(run, made_from)
     if done:
@@ -282,10 +283,11 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
     # at most so many images are chosen in the first round; later rounds bring few more
     most = channels * run.config.fit.prototypes_per_channel.start
     chosen = 0 if run.maps_kept else min(run.images[FITTING_SPLIT].rows, most)
-    held_out_rows = rows - run.images[FITTING_SPLIT].rows
+    logit_bytes = 4 * classes * (rows - run.images[FITTING_SPLIT].rows)
+    pooled_bytes = {"float32": 4, "float16": 2}[config.features.dtype] * channels * rows
     size = {
         "images": 200 * rows,
-        "features": 4 * (channels * rows + classes * held_out_rows) + map_bytes(run.classifier) * rows * run.maps_kept,
+        "features": pooled_bytes + logit_bytes + map_bytes(run.classifier) * rows * run.maps_kept,
         "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds + chosen * map_bytes(run.classifier),
         "prototypes": 100 * channels * 4 * run.config.prototypes.per_channel,
     }

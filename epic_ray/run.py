@@ -35,6 +35,7 @@ _FREE_SETTINGS = (
     "data.max_failed_fraction",
     "resources.feature_actors",
     "resources.gpus_per_actor",
+    "resources.feature_cache_bytes",
     "fit.workers",
     "explain.",
     "output.",

@@ -1,7 +1,8 @@
 """Every table of a run: its columns, their types, units and meaning; writing and reading with checks.
 
 The files are plain Parquet that pandas, polars and DuckDB read as they are. Vectors are Arrow's canonical fixed-shape
-tensors of float32; units and meanings stand in the field metadata, name and schema version in the schema metadata.
+tensors of float32 or float16; units and meanings stand in the field metadata, name and schema version in the schema
+metadata.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,14 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from epic_ray.errors import ResultError, RunFailed
+from epic_ray.layout import BOX, FEATURES, VECTOR, encoding, rows_per_group, vector_type
 from epic_ray.run_dir import RunDir
 from epic_ray.seal import Sealing, is_sealed
 from epic_ray.storage import StorageAway, patiently
 
 SCHEMA_VERSION = 3
-ROW_GROUP_SIZE = 16_384
-VECTOR = "vector"  # a type that depends on the model: float32 [channels], [classes] or [cells]
-BOX = pa.fixed_shape_tensor(pa.float32(), [4])
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,15 @@ class Table:
     what: str
     columns: tuple[Column, ...]
 
-    def schema(self, metadata: Mapping[str, str] | None = None, **vector_sizes: int) -> pa.Schema:
-        """The Arrow schema; `vector_sizes` gives the length of each column of type `vector` (absent: left out)."""
+    def schema(self, metadata: Mapping[str, str] | None = None, **vectors: pa.FixedShapeTensorType) -> pa.Schema:
+        """The Arrow schema; `vectors` gives the columns that depend on the model, of which absent ones are left out."""
         fields = []
         for column in self.columns:
             kind = column.type
             if isinstance(kind, str):
-                if column.name not in vector_sizes:
+                if column.name not in vectors:
                     continue
-                kind = pa.fixed_shape_tensor(pa.float32(), [vector_sizes[column.name]])
+                kind = vector_type(kind, vectors[column.name])
             about = {"meaning": column.meaning} | ({"unit": column.unit} if column.unit else {})
             fields.append(pa.field(column.name, kind, nullable=column.nullable, metadata=about))
         about = {"epic_ray.table": self.name, "epic_ray.schema_version": str(SCHEMA_VERSION)}
@@ -122,7 +121,7 @@ TABLES = {
                 _SPLIT,
                 _POSITION,
                 _IMAGE_ID,
-                Column("pooled", VECTOR, "v: mean of the last feature map over its cells, one entry a channel"),
+                Column("pooled", FEATURES, "v: mean of the last feature map over its cells, one entry a channel"),
                 Column("logits", VECTOR, "the classifier's own logits; only in splits that are not fitted on"),
             ),
         ),
@@ -209,8 +208,8 @@ def build_table(name: str, columns: Mapping[str, Any], metadata: Mapping[str, st
     2-D numpy arrays become fixed-shape tensors. Raises ResultError for missing or unknown columns and wrong types.
     """
     arrays = {key: _vectors(value) if getattr(value, "ndim", 1) == 2 else value for key, value in columns.items()}
-    sizes = {key: array.type.shape[0] for key, array in arrays.items() if isinstance(array, pa.ExtensionArray)}
-    schema = TABLES[name].schema(metadata, **sizes)
+    vectors = {key: array.type for key, array in arrays.items() if isinstance(array, pa.ExtensionArray)}
+    schema = TABLES[name].schema(metadata, **vectors)
     if set(schema.names) != set(arrays):
         raise ResultError(f"table {name}: has columns {sorted(arrays)}, but its schema {sorted(schema.names)}")
     try:
@@ -247,21 +246,17 @@ def write_tables(run_dir: RunDir, relative: str, schema: pa.Schema, tables: Iter
 
     Pages carry checksums, which every reading tries; the file as a whole carries a seal (`count_rows`).
     """
+    rows = rows_per_group(schema)
 
     def write(stream: pa.NativeFile) -> None:
         sealing = Sealing(stream)
-        how = {"compression": "zstd", "use_dictionary": _words(schema), "write_page_checksum": True}
-        with pq.ParquetWriter(sealing, schema, **how) as writer:
+        with pq.ParquetWriter(sealing, schema, **encoding(schema)) as writer:
             for table in tables:
-                writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=ROW_GROUP_SIZE)
+                writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=rows)
             sealing.hold()
         sealing.finish()
 
     return run_dir.publish(relative, write)
-
-
-def _words(schema: pa.Schema) -> list[str]:
-    return [field.name for field in schema if pa.types.is_string(field.type)]
 
 
 def read_table(run_dir: RunDir, relative: str, columns: list[str] | None = None) -> pa.Table:
@@ -375,7 +370,10 @@ def check_schema(schema: pa.Schema, where: str) -> None:
 
 
 def _fits(found: pa.DataType, expected: pa.DataType | str) -> bool:
-    return isinstance(found, pa.FixedShapeTensorType) if isinstance(expected, str) else found == expected
+    if not isinstance(expected, str):
+        return bool(found == expected)
+    kinds = (pa.float32(), pa.float16()) if expected == FEATURES else (pa.float32(),)
+    return isinstance(found, pa.FixedShapeTensorType) and len(found.shape) == 1 and found.value_type in kinds
 
 
 def read_tables(run_dir: RunDir, relatives: list[str], columns: list[str] | None = None) -> pa.Table:

@@ -11,6 +11,7 @@ import pytest
 from epic_ray.errors import ResultError
 from epic_ray.run_dir import RunDir, table_file
 from epic_ray.tables import (
+    FEATURES,
     SCHEMA_VERSION,
     TABLES,
     VECTOR,
@@ -36,7 +37,7 @@ def run_dir(tmp_path) -> RunDir:
 def some_values(column: Column):
     """Values of the column's type: the second row null where it may be."""
     rng = np.random.default_rng(len(column.name))
-    if column.type == VECTOR:
+    if column.type in (VECTOR, FEATURES):
         return rng.normal(size=(ROWS, VECTOR_SIZES[column.name])).astype(np.float32)
     if isinstance(column.type, pa.FixedShapeTensorType):
         return rng.uniform(0, 99, (ROWS, *column.type.shape)).astype(np.float32)

@@ -38,7 +38,8 @@ def prove_exactness(
         status = status.filter(pc.equal(status["status"], "ok"))
         if not status["position"].equals(features["position"]):
             raise ResultError(f"{run_dir.show(file.relative)}: has other images than the unit's statuses; run it again")
-        rebuilt = rotate_pooled(torch.tensor(to_numpy(features["pooled"])), basis) @ weight.T + bias
+        pooled = torch.tensor(to_numpy(features["pooled"])).to(basis)
+        rebuilt = rotate_pooled(pooled, basis) @ weight.T + bias
         guess, predicted = rebuilt.argmax(dim=1).numpy(), to_numpy(status["predicted"])
         labels = to_numpy(pc.fill_null(status["label"], -1))
         images += len(guess)

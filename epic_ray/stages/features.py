@@ -25,16 +25,20 @@ from epic_ray.stages.units import FINGERPRINT_KEY, UnitFacts, committed_units, f
 from epic_ray.tables import build_table, read_table, to_numpy, write_table
 
 NON_FINITE = "the classifier's features or logits are not finite for this image"
+TOO_LARGE = (
+    "the classifier's features are beyond float16 (65,504), or they or its logits are not finite for this image; "
+    "set features.dtype=float32 if there are many"
+)
 
 
 class FeatureActor(ForwardingActor):
     """Turns a unit of images into files of features, maps (if kept) and statuses, the last of which commits it."""
 
     def __init__(
-        self, run_dir: RunDir, model: ModelConfig, resources: Resources, attempts: Attempts, keep_maps: bool
+        self, run_dir: RunDir, model: ModelConfig, resources: Resources, attempts: Attempts, keep_maps: bool, dtype: str
     ) -> None:
         super().__init__(run_dir, model, resources, attempts)
-        self._keep_maps = keep_maps
+        self._keep_maps, self._dtype = keep_maps, np.dtype(dtype)
 
     def compute(self, unit: Unit, readable: np.ndarray) -> "_Results":
         classifier, parts = self.classifier, []
@@ -47,9 +51,11 @@ class FeatureActor(ForwardingActor):
         return _Results.of(parts, maps_kept, classifier)
 
     def publish(self, unit: Unit, readable: np.ndarray, results: "_Results") -> int:
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is seen below
+            results.pooled = results.pooled.astype(self._dtype)
         finite = results.finite
         for row in readable[~finite]:
-            unit.reasons[row] = NON_FINITE
+            unit.reasons[row] = TOO_LARGE if self._dtype == np.float16 else NON_FINITE
         good = readable[finite]
         names = (unit.split, unit.number)
         difference = results.difference[finite]
@@ -192,8 +198,9 @@ class FeaturePass:
     def files(self) -> list["FeatureFile"]:
         """The feature files, by unit: every one of them is needed."""
         return [
-            FeatureFile(unit_file("features", self.split, unit.number), unit.made_from)
-            for unit in self.readable_units()
+            FeatureFile(unit_file("features", self.split, unit.number), unit.made_from, facts.readable)
+            for unit, facts in zip(self.units, self.facts, strict=True)
+            if facts.readable
         ]
 
     def readable_units(self) -> list[UnitRange]:
@@ -207,8 +214,11 @@ class FeaturePass:
 
 @dataclass(frozen=True)
 class FeatureFile:
+    """rows: images whose features it holds."""
+
     relative: str
     made_from: str
+    rows: int
 
 
 def units_to_do(run_dir: RunDir, images: SplitImages, made_from: str, maps_wanted: bool) -> list[UnitRange]:
@@ -266,6 +276,11 @@ def read_features(run_dir: RunDir, file: FeatureFile, columns: list[str] | None 
     table = read_table(run_dir, file.relative, columns)
     if (table.schema.metadata or {}).get(FINGERPRINT_KEY.encode()) != file.made_from.encode():
         raise ResultError(f"{run_dir.show(file.relative)}: was made by a start with other settings; run it again")
+    if table.num_rows != file.rows:
+        raise ResultError(
+            f"{run_dir.show(file.relative)}: has {table.num_rows} images, its unit's statuses tell of {file.rows}; "
+            "run it again"
+        )
     return table
 
 

@@ -1,7 +1,8 @@
 """Fitting U under Ray Train: rounds of search, maps of the chosen images, update; a checkpoint of our own each round.
 
-Every worker searches its share of the feature files and holds the maps of its share of the chosen images; only top-n
-lists and one (D, D) matrix travel. Rank 0 publishes `fit/round-NNN.pt`; whoever starts again goes on from the newest.
+Every worker searches its share of the feature files, kept in memory as far as they fit, and holds the maps of its share
+of the chosen images; only top-n lists and one (D, D) matrix travel. Rank 0 publishes `fit/round-NNN.pt`; whoever starts
+again goes on from the newest.
 """
 
 import io
@@ -35,13 +36,13 @@ from epic_ray.method.solvers import (
     fit_procrustes,
     quartimax_start,
 )
-from epic_ray.method.topk import TopN
+from epic_ray.method.topk import TopN, search
 from epic_ray.run_dir import BASIS, RunDir, round_file
 from epic_ray.stages.features import FeaturePass
 from epic_ray.stages.loading import load
 from epic_ray.stages.maps import MapGatherer, MapStore
 from epic_ray.stages.resources import Resources, available_cores, peak_memory_bytes, take_device
-from epic_ray.stages.search import pooled_blocks, search_files
+from epic_ray.stages.search import PooledBlocks, file_blocks
 from epic_ray.stages.worker_group import WorkerLost, room, run_group, wait_for_room
 
 _POLL_SECONDS = 0.5
@@ -366,20 +367,21 @@ class StoredMaps:
 
     def __init__(self, job: FitJob, reducer: Reducer, device: torch.device) -> None:
         self._job, self._reducer, self._device = job, reducer, device
-        files = job.passed.files()
-        self._files = files[reducer.rank :: reducer.world]
+        blocks = file_blocks(job.passed.files())
+        cache_bytes = job.config.resources.feature_cache_bytes
+        self._pooled = PooledBlocks(job.run_dir, blocks[reducer.rank :: reducer.world], cache_bytes)
         self._store = MapStore(job.run_dir, FITTING_SPLIT, job.passed.made_from())
         self._gatherer: MapGatherer | None = None
         self.counts_before = {"decoded": 0, "forwarded": 0}
         self.chosen = np.empty(0, np.int64)
-        self.channel_count = next(pooled_blocks(job.run_dir, files[:1]))[1].shape[1]
+        self.channel_count = next(iter(PooledBlocks(job.run_dir, [blocks[0][:1]])))[1].shape[1]
 
     def own_pooled(self) -> Iterable[torch.Tensor]:
-        return (pooled for _, pooled in pooled_blocks(self._job.run_dir, self._files))
+        return (pooled for _, pooled in self._pooled)
 
     def search(self, basis: torch.Tensor, n: int) -> TopN:
         """The top-n over all images; the maps of images newly chosen are there when it returns."""
-        best = search_files(self._job.run_dir, self._files, basis, n)
+        best = search(self._pooled, basis, n)
         for other in self._gather(best):
             best = best.merge(other)
         self.chosen = best.indices[best.indices >= 0].unique().cpu().numpy()

@@ -14,7 +14,7 @@ from epic_ray.config import FITTING_SPLIT, ModelConfig, RunConfig
 from epic_ray.logs import Reporter
 from epic_ray.method.peaks import Peaks, find_peaks_grouped, heat_maps
 from epic_ray.method.preprocessing import Preprocessing
-from epic_ray.method.topk import TopN
+from epic_ray.method.topk import Query, TopN
 from epic_ray.run_dir import RunDir, table_file
 from epic_ray.stages.features import FeaturePass, status_of
 from epic_ray.stages.loading import load
@@ -51,7 +51,7 @@ def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter)
         for passed in job.passed:
             split = passed.split
             store = MapStore(job.run_dir, split, passed.made_from())
-            found = {name: _search(job, passed, bases[name]) for name in bases}
+            found = _search(job, passed, bases)
             _ensure_maps(job, store, passed, found)
             for name, tops in found.items():
                 peaks = {sign: _peaks(store, top, bases[name], sign) for sign, top in tops.items()}
@@ -68,13 +68,15 @@ def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter)
     return {name: table.num_rows for name, table in tables.items()}
 
 
-def _search(job: PrototypesJob, passed: FeaturePass, basis: torch.Tensor) -> dict[int, TopN]:
-    """The top-n for each sign that the tables need; negative prototypes only of the fitting split."""
+def _search(job: PrototypesJob, passed: FeaturePass, bases: dict[str, torch.Tensor]) -> dict[str, dict[int, TopN]]:
+    """The top-n for each basis and sign that the tables need; negative prototypes only of the fitting split."""
     per_channel = job.config.prototypes.per_channel
     counts = {1: max(*PURITY_COUNTS, per_channel if passed.split == FITTING_SPLIT else 0)}
     if passed.split == FITTING_SPLIT:
         counts[-1] = per_channel
-    return {sign: search_split(job.run_dir, passed.files(), basis, n, sign) for sign, n in counts.items()}
+    queries = [Query(basis, n, sign) for basis in bases.values() for sign, n in counts.items()]
+    answers = iter(search_split(job.run_dir, passed.files(), queries))
+    return {name: {sign: next(answers) for sign in counts} for name in bases}
 
 
 def _ensure_maps(job: PrototypesJob, store: MapStore, passed: FeaturePass, found: dict[str, dict[int, TopN]]) -> None:

@@ -1,0 +1,294 @@
+"""The search for prototypes from files on disk, against the bare product and top-n from memory on the same threads.
+
+    python benchmarks/search.py [--rows 1281167] [--channels 512] [--prototypes 100] [--repeats 5] [--run RUN]
+
+Features are made up (non-negative, skewed, one class after another as in ImageNet's listing) and written by the
+project's own writer, 512 images a file; U is a random rotation. The baseline is the plain way: `torch.topk` of the
+scores of each block, merged by another `topk`, at the fastest of several block sizes and layouts; where the features do
+not fit `--memory-gib`, both work on as many rows as do. Peak memory is that of a process that searches all rows.
+`--run` counts the prototypes that float16 would change in a finished run.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import bench
+import numpy as np
+import torch
+
+from epic_ray.method.topk import BLOCK_ROWS, Query, TopN, search, search_all
+from epic_ray.run_dir import RunDir, unit_file
+from epic_ray.stages.features import FeatureFile
+from epic_ray.stages.fit import read_basis
+from epic_ray.stages.image_pass import FINGERPRINT_KEY
+from epic_ray.stages.search import PooledBlocks, file_blocks
+from epic_ray.tables import build_table, read_table, to_numpy, write_table
+
+UNIT_ROWS, CLASSES, MADE_FROM = 512, 1000, "benchmark"
+SAMPLED_CHANNELS = 16
+COUNTS = (100, 20, 5)
+
+
+def main() -> None:
+    """Writes the features, times, checks and prints."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    if arguments.alone:
+        return search_alone(arguments)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        compare(arguments, Path(folder))
+    if arguments.run:
+        print("\n" + changed_in_run(RunDir(arguments.run)))
+    return None
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_281_167, help="images (default: ImageNet's)")
+    parser.add_argument("--channels", type=int, default=512)
+    parser.add_argument("--prototypes", type=int, default=100, help="images kept for each channel")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=bench.cores())
+    parser.add_argument("--memory-gib", type=float, default=3.0, help="features that the baseline may hold in memory")
+    parser.add_argument("--folder", type=Path, help="where the files go for the time being (default: temporary)")
+    parser.add_argument("--run", help="a finished run, in which to count the prototypes that float16 changes")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# --- features
+
+
+def class_means(channels: int) -> torch.Tensor:
+    """What tells the classes' features apart."""
+    return torch.randn(CLASSES, channels, generator=torch.Generator().manual_seed(1))
+
+
+def make_features(start: int, stop: int, rows: int, means: torch.Tensor) -> np.ndarray:
+    """Features (stop - start, D) of images that lie one class after another: skewed, with some exact zeros."""
+    noise = torch.randn(stop - start, means.shape[1], generator=torch.Generator().manual_seed(start))
+    own = means[torch.arange(start, stop) * CLASSES // rows]
+    return torch.relu(noise.add_(own).mul_(0.7).exp_() - 0.3).numpy()
+
+
+def write_features(run_dir: RunDir, rows: int, channels: int, dtype: str) -> tuple[float, int]:
+    """Writes the feature files of a split; gives the seconds of writing alone, and the bytes."""
+    means, seconds, size_bytes = class_means(channels), 0.0, 0
+    for start in range(0, rows, BLOCK_ROWS):
+        pooled = make_features(start, min(start + BLOCK_ROWS, rows), rows, means).astype(dtype)
+        begin = time.perf_counter()
+        for first in range(0, len(pooled), UNIT_ROWS):
+            size_bytes += write_unit(run_dir, start + first, pooled[first : first + UNIT_ROWS], rows)
+        seconds += time.perf_counter() - begin
+    return seconds, size_bytes
+
+
+def write_unit(run_dir: RunDir, start: int, pooled: np.ndarray, rows: int) -> int:
+    """Writes one unit's file."""
+    positions = np.arange(start, start + len(pooled))
+    ids = [f"train/n{place * CLASSES // rows:08d}/n{place * CLASSES // rows:08d}_{place}.JPEG" for place in positions]
+    columns = {"split": ["train"] * len(ids), "position": positions, "image_id": ids, "pooled": pooled}
+    table = build_table("features", columns, {FINGERPRINT_KEY: MADE_FROM})
+    return write_table(run_dir, unit_file("features", "train", start // UNIT_ROWS), table)
+
+
+def feature_files(rows: int) -> list[FeatureFile]:
+    """The files that hold the first `rows` images."""
+    starts = range(0, rows, UNIT_ROWS)
+    return [
+        FeatureFile(unit_file("features", "train", n), MADE_FROM, min(UNIT_ROWS, rows - s))
+        for n, s in enumerate(starts)
+    ]
+
+
+def forget(run_dir: RunDir, files: list[FeatureFile]) -> None:
+    """Takes the files out of the operating system's cache, so that the disk is read."""
+    for file in files:
+        handle = os.open(run_dir.path(file.relative), os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+# --- the baseline
+
+
+def bare(pooled: torch.Tensor, basis: torch.Tensor, n: int, rows: int, transposed: bool, keep: bool = True) -> TopN:
+    """The product block by block and, where they are to be kept, the running top-n, as anyone would write them."""
+    best = TopN.empty(len(basis), n)
+    for start in range(0, len(pooled), rows):
+        block = pooled[start : start + rows]
+        scores = basis @ block.T if transposed else (block @ basis.T).T
+        if keep:
+            values, places = scores.topk(min(n, len(block)), dim=1)
+            values, order = torch.cat([best.values, values], dim=1).topk(n, dim=1)
+            best = TopN(values, torch.cat([best.indices, places + start], dim=1).gather(1, order))
+    return best
+
+
+def tune(pooled: torch.Tensor, basis: torch.Tensor, n: int) -> tuple[int, bool]:
+    """The fastest block size and layout of the baseline, on the first images."""
+    some = pooled[: 4 * 32_768]
+    seconds = {}
+    for setting in [(rows, transposed) for rows in (2048, 4096, 8192, 16_384, 32_768) for transposed in (True, False)]:
+        begin = time.perf_counter()
+        for _ in range(2):
+            bare(some, basis, n, *setting)
+        seconds[setting] = time.perf_counter() - begin
+    return min(seconds, key=seconds.__getitem__)
+
+
+# --- what is compared
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    """All tables, for features of float32 and of float16."""
+    rows, channels, n = arguments.rows, arguments.channels, arguments.prototypes
+    held = min(rows, int(arguments.memory_gib * 1024**3 / (4 * channels)) // BLOCK_ROWS * BLOCK_ROWS)
+    basis = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)))[0]
+    print(f"{bench.heading()}; {arguments.threads} threads\n")
+    runs = {dtype: RunDir(str(folder / dtype)) for dtype in ("float32", "float16")}
+    storage = [store(run_dir, dtype, arguments) for dtype, run_dir in runs.items()]
+    pooled = torch.cat([block for _, block in PooledBlocks(runs["float32"], file_blocks(feature_files(held)))])
+    setting = tune(pooled, basis, n)
+    print(f"Baseline: blocks of {setting[0]}, scores {'(D, rows)' if setting[1] else '(rows, D)'}.\n")
+    timed = list(timings(arguments, runs, pooled, basis, partial(bare, pooled, basis, n, *setting)))
+    print(f"{held:,} images x {channels}, n = {n}\n\n{bench.table(timed)}\n")
+    print(bench.table([row | alone(arguments, runs[row["files"]], basis, folder) for row in storage]) + "\n")
+    found = {dtype: search(blocks_of(run_dir, held), basis, n) for dtype, run_dir in runs.items()}
+    print(exactness(pooled, basis, found["float32"]))
+    print(changed(found["float32"], found["float16"], f"made-up features, {held:,} images"))
+
+
+def blocks_of(run_dir: RunDir, rows: int) -> PooledBlocks:
+    """The first rows, as the stages read them."""
+    return PooledBlocks(run_dir, file_blocks(feature_files(rows)))
+
+
+def timings(
+    arguments: argparse.Namespace,
+    runs: dict[str, RunDir],
+    pooled: torch.Tensor,
+    basis: torch.Tensor,
+    baseline: Callable[[], TopN],
+) -> Iterator[dict[str, str]]:
+    """One row a way to search."""
+    n, held = arguments.prototypes, len(pooled)
+    single, half = runs["float32"], runs["float16"]
+    queries = [
+        Query(matrix, count, sign) for matrix in (torch.eye(len(basis)), basis) for count, sign in ((20, 1), (5, -1))
+    ]
+    kept = PooledBlocks(single, file_blocks(feature_files(held)), cache_bytes=2**40)
+
+    def on_disk() -> TopN:
+        forget(single, feature_files(held))
+        return search(blocks_of(single, held), basis, n)
+
+    def four() -> None:
+        for _ in queries:
+            baseline()
+
+    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "search, files in the system's cache": (lambda: search(blocks_of(single, held), basis, n), baseline),
+        "search, files not in the system's cache": (on_disk, baseline),
+        "search, features kept by an earlier round": (lambda: search(kept, basis, n), baseline),
+        "search, float16 files in the system's cache": (lambda: search(blocks_of(half, held), basis, n), baseline),
+        "both bases and signs in one read, against four": (lambda: search_all(blocks_of(single, held), queries), four),
+        "reading alone": (lambda: [None for _ in blocks_of(single, held)], baseline),
+        "product alone, from memory": (lambda: bare(pooled, basis, n, BLOCK_ROWS, True, keep=False), baseline),
+    }
+    for name, (ours, other) in ways.items():
+        yield bench.side_by_side(ours, other, arguments.repeats).row(name)
+
+
+def store(run_dir: RunDir, dtype: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """Writes the features in a type, and says what that took."""
+    seconds, size_bytes = write_features(run_dir, arguments.rows, arguments.channels, dtype)
+    return {
+        "files": dtype,
+        "bytes an image": f"{size_bytes / arguments.rows:.0f}",
+        "GB": f"{size_bytes / 1e9:.2f}",
+        "written MB/s": f"{size_bytes / 1e6 / seconds:.0f}",
+    }
+
+
+def alone(arguments: argparse.Namespace, run_dir: RunDir, basis: torch.Tensor, folder: Path) -> dict[str, str]:
+    """What a process of its own takes for all rows."""
+    torch.save(basis, folder / "basis.pt")
+    sizes = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "channels", "prototypes", "threads")]
+    command = [sys.executable, __file__, *sizes, "--alone", str(run_dir)]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    size_bytes = sum(Path(run_dir.path(file.relative)).stat().st_size for file in feature_files(arguments.rows))
+    return {
+        "images searched": f"{arguments.rows:,}",
+        "search s": f"{told['seconds']:.1f}",
+        "searched MB/s": f"{size_bytes / 1e6 / told['seconds']:.0f}",
+        "peak memory": f"{told['peak_bytes'] / 2**20:,.0f} MiB",
+        "of it libraries": f"{told['before_bytes'] / 2**20:,.0f} MiB",
+    }
+
+
+def search_alone(arguments: argparse.Namespace) -> None:
+    """Searches all rows in this process, and tells its seconds and peak memory."""
+    run_dir = RunDir(arguments.alone)
+    basis = torch.load(Path(arguments.alone).parent / "basis.pt")
+    files = feature_files(arguments.rows)
+    forget(run_dir, files)
+    before, begin = peak_bytes(), time.perf_counter()
+    search(PooledBlocks(run_dir, file_blocks(files)), basis, arguments.prototypes)
+    seconds = time.perf_counter() - begin
+    print(json.dumps({"seconds": seconds, "before_bytes": before, "peak_bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process, the files that it maps included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- what is checked
+
+
+def exactness(pooled: torch.Tensor, basis: torch.Tensor, found: TopN) -> str:
+    """Against a full sort, the lower index first among equal scores, of channels spread over all."""
+    some = torch.linspace(0, len(basis) - 1, SAMPLED_CHANNELS).long()
+    scores = torch.cat([(basis @ block.T)[some] for block in pooled.split(BLOCK_ROWS)], dim=1)
+    values, indices = (part[:, : found.values.shape[1]] for part in scores.sort(dim=1, descending=True, stable=True))
+    equal = (found.indices[some] == indices).all(dim=1) & (found.values[some] == values).all(dim=1)
+    return (
+        f"Exactness: {int(equal.sum())} of {SAMPLED_CHANNELS} sampled channels have the {values.shape[1]} images, "
+        f"order and values of a full sort of {len(pooled):,} scores."
+    )
+
+
+def changed(exact: TopN, other: TopN, what: str) -> str:
+    """How many prototypes are others."""
+    parts = []
+    for n in [count for count in COUNTS if count <= exact.indices.shape[1]]:
+        mine, theirs = exact.indices[:, :n], other.indices[:, :n]
+        gone = int((~(mine[:, :, None] == theirs[:, None, :]).any(dim=2)).sum())
+        parts.append(f"{gone:,} of {mine.numel():,} ({gone / mine.numel():.2%}) at n = {n}")
+    return f"Prototypes changed by float16, {what}: {', '.join(parts)}."
+
+
+def changed_in_run(run_dir: RunDir) -> str:
+    """How many prototypes of a finished run float16 would change, under its U."""
+    basis = read_basis(run_dir)
+    tables = [read_table(run_dir, file, ["position", "pooled"]) for file in run_dir.list("tables/features/train")]
+    blocks = [(torch.tensor(to_numpy(t["position"])), torch.tensor(to_numpy(t["pooled"]))) for t in tables]
+    rounded = [(positions, pooled.half()) for positions, pooled in blocks]
+    rows = sum(len(positions) for positions, _ in blocks)
+    what = f"run {run_dir.name}, {rows:,} images x {len(basis)}"
+    return changed(search(blocks, basis, max(COUNTS)), search(rounded, basis, max(COUNTS)), what)
+
+
+if __name__ == "__main__":
+    main()
