@@ -41,7 +41,7 @@ def decoded(config: RunConfig, run_dir: RunDir) -> list:
 
 
 def actor_of(config: RunConfig, run_dir: RunDir, keep_maps: bool) -> FeatureActor:
-    return FeatureActor(run_dir, config.model, RESOURCES, Attempts(run_dir, "features"), keep_maps)
+    return FeatureActor(run_dir, config.model, RESOURCES, Attempts(run_dir, "features"), keep_maps, "float32")
 
 
 def files_of(run_dir: RunDir) -> dict:
