@@ -47,7 +47,8 @@ Row = dict[str, Any]
 class Case:
     """A classifier and its images as settings of a run, the baseline's first n, and the ratio that is demanded.
 
-    code: folder of the network's own code. tried: images on which the baseline's settings are tried.
+    code: folder of the network's own code. tried: images on which the baseline's settings are tried. sampled_steps,
+    measured: steps, and prototypes a channel, of a sample of the baseline.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Case:
     least_ratio: float
     code: Path
     tried: int
+    sampled_steps: int = 10
+    measured: int = published.MEASURED_PER_CHANNEL
 
 
 def cifar(shared: Path, quick: bool) -> Case:
@@ -69,7 +72,8 @@ def cifar(shared: Path, quick: bool) -> Case:
     }
     splits = {"train": "train-0000.tar" if quick else "train-*.tar", "val": "val-*.tar"}
     settings = {"model": model, "data": {"root": str(shared / "data/cifar10"), "splits": splits}}
-    return Case("CIFAR-10, ResNet-56", settings, 20 if quick else 100, 10, shared / "weights", 512 if quick else 2048)
+    start, tried = (10, 256) if quick else (100, 2048)
+    return Case("CIFAR-10, ResNet-56", settings, start, 10, shared / "weights", tried)
 
 
 def photos(shared: Path, quick: bool, folder: Path) -> Case:
@@ -82,7 +86,8 @@ def photos(shared: Path, quick: bool, folder: Path) -> Case:
     }
     root = _link_few(shared / "data/photos", folder / "few") if quick else shared / "data/photos"
     settings = {"model": model, "data": {"root": str(root)}}
-    return Case("photos, ResNet-18", settings, 20 if quick else 100, 50, shared / "weights", 64 if quick else 512)
+    start, tried, *sampled = (20, 64, 2, 1) if quick else (100, 512)
+    return Case("photos, ResNet-18", settings, start, 50, shared / "weights", tried, *sampled)
 
 
 def _link_few(photos: Path, folder: Path) -> Path:
@@ -115,11 +120,11 @@ class Baseline:
         """A fit at its start."""
         return published.PublishedFit(self._source, self.images, self.channels)
 
-    def sample(self, steps: int) -> tuple[dict[str, int], dict[str, float]]:
+    def sample(self, steps: int, measured: int) -> tuple[dict[str, int], dict[str, float]]:
         """Forwards of a sample of each part, and the seconds of the whole part at the sample's seconds an image."""
         fit = self.fit()
         chosen = fit.select(self.rounds[0])
-        fit.measure(chosen[:, : published.MEASURED_PER_CHANNEL])
+        fit.measure(chosen[:, :measured])
         fit.train(chosen, 0, 0, steps)
         costs = fit.costs | {published.MEASURING_PASSES: fit.costs[published.SELECTING]}  # a pass is a pass
         each = {part: cost.seconds / cost.forwarded for part, cost in costs.items()}
@@ -149,14 +154,14 @@ class Measured:
         return [sum(seconds[part] for part in parts) / run.seconds for seconds, run in pairs]
 
 
-def measure(case: Case, folder: Path, repeats: int, sampled_steps: int) -> tuple[Baseline, Measured]:
-    """Ours and the baseline in turn; of the baseline a sample where there are `sampled_steps`."""
+def measure(case: Case, folder: Path, repeats: int, sampled: bool) -> tuple[Baseline, Measured]:
+    """Ours and the baseline in turn, whole or a sample of it."""
     baseline, found = None, Measured()
     for number in range(repeats):
         found.ours.append(train(case.settings, folder, f"ours-{number}", case.code))
         baseline = baseline or Baseline(case, found.ours[0])
-        if sampled_steps:
-            found.counted, seconds = baseline.sample(sampled_steps)
+        if sampled:
+            found.counted, seconds = baseline.sample(case.sampled_steps, case.measured)
         else:
             fit = baseline.fit()
             found.basis = fit.run(baseline.rounds)
@@ -265,7 +270,7 @@ def show_case(case: Case, ours: FinishedRun, how: str) -> None:
 
 def compare_whole(case: Case, folder: Path, repeats: int) -> None:
     """Both whole, in turn, and the purity of both."""
-    baseline, found = measure(case, folder, repeats, sampled_steps=0)
+    baseline, found = measure(case, folder, repeats, sampled=False)
     few_maps = train(case.settings | FEW_MAPS, folder, "few-maps", case.code)
     show_case(case, found.ours[0], "both run whole")
     rows = [published_row("the published schedule", baseline, found.whole_seconds, found.counted)]
@@ -274,16 +279,16 @@ def compare_whole(case: Case, folder: Path, repeats: int) -> None:
     show("Verdict.", cost_verdict(case, found) + verdict)
 
 
-def compare_sampled(case: Case, folder: Path, repeats: int, steps: int) -> None:
+def compare_sampled(case: Case, folder: Path, repeats: int) -> None:
     """Ours whole; of the baseline a sample, multiplied by the exact counts."""
-    baseline, found = measure(case, folder, repeats, steps)
+    baseline, found = measure(case, folder, repeats, sampled=True)
     few_maps = train(case.settings | FEW_MAPS, folder, "few-maps", case.code)
     show_case(case, found.ours[0], "the baseline EXTRAPOLATED")
     all_steps = -(-baseline.rounds[0] * baseline.channels // published.PAIRS_PER_STEP)
     print(
-        f"\nTimed of the baseline: one selection pass, {steps} of the {all_steps} steps of the first epoch, and the "
-        f"measuring of {found.counted[published.MEASURING]:,} prototypes; their seconds an image are multiplied by the "
-        "counts of the whole."
+        f"\nTimed of the baseline: one selection pass, {case.sampled_steps} of the {all_steps} steps of the first "
+        f"epoch, and the measuring of {found.counted[published.MEASURING]:,} prototypes; their seconds an image are "
+        "multiplied by the counts of the whole."
     )
     name = "the published schedule, counts by formula"
     show_costs(baseline, found, few_maps, [published_row(name, baseline, found.whole_seconds, baseline.by_formula)])
@@ -340,7 +345,7 @@ def main() -> None:
             if part == "cifar":
                 compare_whole(cifar(shared, quick), folder, arguments.repeats)
             elif part == "photos":
-                compare_sampled(photos(shared, quick, folder), folder, arguments.repeats, 2 if quick else 10)
+                compare_sampled(photos(shared, quick, folder), folder, arguments.repeats)
             else:
                 compare_purity_alone(photos(shared, quick, folder), folder)
 

@@ -170,7 +170,7 @@ def test_a_sample_of_the_baseline_is_multiplied_by_the_counts_of_the_whole(end_t
     baseline = end_to_end.Baseline.__new__(end_to_end.Baseline)
     baseline.images, baseline.channels, baseline.rounds = len(maps), 4, (12, 5)
     baseline.by_formula, baseline._source = published.forwards(len(maps), 4, (12, 5)), source
-    counted, seconds = baseline.sample(steps=1)
+    counted, seconds = baseline.sample(steps=1, measured=5)
     assert counted == {
         published.SELECTING: 90,
         published.TRAINING: 48,
