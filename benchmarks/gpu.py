@@ -30,6 +30,7 @@ import torch
 
 from epic_ray.method.backbones import load_classifier
 from epic_ray.method.basis import polar_factor, random_basis
+from epic_ray.method.staging import Staging
 from epic_ray.method.topk import search
 
 BLOCK = 8192
@@ -85,20 +86,12 @@ def forwards(architecture: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def staged_forwards(classifier: Any, pixels: np.ndarray, batch: int) -> None:
-    """As `ForwardingActor.forward` does it: two pinned buffers, results fetched at the end."""
-    buffers = [torch.empty((batch, *pixels.shape[1:]), dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    arrived: list[torch.cuda.Event | None] = [None, None]
-    kept = []
-    for number, start in enumerate(range(0, len(pixels), batch)):
-        event = arrived[number % 2]
-        if event:
-            event.synchronize()
-        np.take(pixels, np.arange(start, start + batch), axis=0, out=buffers[number % 2].numpy(), mode="clip")
+    """As the feature actor does it: staged batches, results fetched at the end."""
+    staging, kept = Staging(batch, pixels.shape[1:], DEVICE), []
+    for start in range(0, len(pixels), batch):
         with torch.inference_mode():
-            images = buffers[number % 2].to(DEVICE, non_blocking=True)
-            arrived[number % 2] = event = torch.cuda.Event()
-            event.record()
-            maps, logits = classifier(classifier.normalise(images))
+            images = classifier.normalise(staging.send(pixels, np.arange(start, start + batch)))
+            maps, logits = classifier(images)
             kept.append((maps.mean(dim=(2, 3)), logits))
     torch.cat([pooled for pooled, _ in kept]).cpu()
 

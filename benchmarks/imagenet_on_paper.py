@@ -3,8 +3,8 @@
     python benchmarks/imagenet_on_paper.py [--gpus 1 8 64] [--decode 293] [--forward 3000] ...
 
 Nothing is run. Each part's time is what it moves or computes over a rate; the rates are arguments, their defaults are
-marked below as measured (RESULTS.md says where) or assumed. Parts of the pass overlap, so that the slowest decides; the
-parts of the fit follow one another, round by round.
+assumptions, near what was measured where a benchmark of its own is named. Parts of the pass overlap, so that the
+slowest decides; the parts of the fit follow one another, round by round.
 """
 
 import argparse
@@ -19,7 +19,7 @@ CELLS, CLASSES, FLOAT_BYTES = 49, 1000, 4
 SCHEDULE = tuple(math.floor(100 - 80 * t / 9 + 1e-9) for t in range(10))  # the default: 100 to 20 in ten rounds
 QUARTIMAX_STEPS = 10
 RATES = {
-    "decode": (293.0, "images/s of a core: decode, resize, crop (measured, 500 x 375)"),
+    "decode": (293.0, "images/s of a core: decode, resize, crop (decode.py measures it)"),
     "forward": (3000.0, "images/s of a GPU, ResNet-50 float32 (assumed until gpu.py was run)"),
     "product": (30e12, "operations/s of a GPU in float32 matrix products (assumed)"),
     "disk": (2e9, "bytes/s of a machine's reads and writes of the run folder (assumed)"),
@@ -27,7 +27,7 @@ RATES = {
     "network": (3e9, "bytes/s between machines (assumed)"),
     "transfer": (20e9, "bytes/s from memory to a GPU (assumed)"),
     "svd": (6.0, "seconds of one polar factor at the channels given (assumed; taken once, by one worker)"),
-    "driver": (0.02, "seconds of the driver's core a unit (measured by scaling.py)"),
+    "driver": (0.02, "seconds of the driver's core a unit (assumed; scaling.py measures it)"),
 }
 
 

@@ -222,8 +222,9 @@ class ResourcesConfig(Section):
     batch_size: Positive = 64
     """Images of one forward; the last batch of a unit is padded to it."""
     precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
-    """Arithmetic of the forwards: float32; tf32 (GPUs) or float16 and bfloat16 (torch's autocast) where speed is worth
-    logits that are no longer exact: the proof then allows `PRECISION_TOLERANCES`, and run.json tells what it found."""
+    """Arithmetic of the forwards: float32; or, where speed is worth logits that are no longer exact, tf32 (of GPUs; a
+    CPU computes in float32), float16 and bfloat16 (torch's autocast). The rebuilt logits may then differ by 0.005,
+    0.005 and 0.05 of 1 + |logit|, and run.json tells by how much they did."""
     feature_cache_bytes: Annotated[int, Field(ge=0)] = 1024**3
     """Pooled features that each process of the fit keeps in memory; those beyond it are read anew in each round."""
 

@@ -289,7 +289,7 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
         "images": 200 * rows,
         "features": pooled_bytes + logit_bytes + map_bytes(run.classifier) * rows * run.maps_kept,
         "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds + chosen * map_bytes(run.classifier),
-        "prototypes": 100 * channels * 4 * run.config.prototypes.per_channel,
+        "prototypes": (100 + map_bytes(run.classifier) // channels) * channels * 4 * run.config.prototypes.per_channel,
     }
     device = likely_device(config.resources)
     stages: list[dict[str, Any]] = []

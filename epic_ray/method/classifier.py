@@ -80,7 +80,8 @@ class SplitClassifier(nn.Module):
         self.origin = ""
         """Where model and weights came from, in words; set by `backbones`."""
         self.precision = "float32"
-        """Arithmetic of `forward`: one of `PRECISIONS`. Its results are float32 whatever it is."""
+        """Arithmetic of `forward`: one of `PRECISIONS`. Its results are float32 whatever it is. tf32 allows a GPU to
+        round; a CPU, which does not know it, computes in float32."""
         self._tap = head.tap
         self.register_buffer("weight", head.weight)
         self.register_buffer("bias", head.bias)
@@ -95,8 +96,7 @@ class SplitClassifier(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b d gh gw"], Float[Tensor, "b k"]]:
         """Feature maps Z and the model's own logits, in one run of the model, of normalised images.
 
-        Images must have the size of `preprocessing.crop`. Raises ValueError otherwise, and for a precision that the
-        images' device does not have.
+        Images must have the size of `preprocessing.crop`. Raises ValueError otherwise, and for an unknown precision.
         """
         if tuple(images.shape[2:]) != self.preprocessing.crop:
             raise ValueError(f"images of {tuple(images.shape[2:])} pixels, not {self.preprocessing.crop}")
@@ -116,8 +116,8 @@ class SplitClassifier(nn.Module):
 
 @contextmanager
 def _arithmetic(precision: str, device: str) -> Iterator[None]:
-    if precision not in PRECISIONS or (precision == "tf32" and device != "cuda"):
-        raise ValueError(f"precision {precision!r} on {device}; one of {', '.join(PRECISIONS)}, tf32 on cuda alone")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}; one of {', '.join(PRECISIONS)}")
     if precision in _HALVES:
         with torch.autocast(device, _HALVES[precision]):
             yield

@@ -9,7 +9,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -44,11 +44,7 @@ class ImageError(Exception):
     """An image that cannot be used. The message is the one-line reason that a status row carries."""
 
 
-def decode_image(
-    data: bytes,
-    max_pixels: int = MAX_PIXELS,
-    enough: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
-) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in `data`, RGB, 8 bits a channel, upright, first frame.
 
     Pixels equal `Image.open(...).convert("RGB")`, hence those of torchvision's ImageFolder, with two exceptions. The
@@ -56,23 +52,38 @@ def decode_image(
     drawn on what a person sees. Gray values of more than 8 bits are scaled, where Pillow would clip them: 16-bit
     values by 255/65535, other integers and floats outside 0..1 from the image's own range. Alpha is dropped.
 
-    `enough` gives, for the (width, height) of the upright original, those that suffice: a JPEG may then come out at
-    1/2, 1/4 or 1/8 of its size, but no smaller, reduced while it is decoded: faster, and other pixels.
-
     Raises ImageError, with the reason, for an empty, truncated, unknown or damaged file, and for one of more than
     `max_pixels` pixels, which is told from its header; MemoryError where the memory does not suffice. No warning of
     Pillow's escapes.
     """
+    return _decode(data, max_pixels, None).image
+
+
+class _Decoded(NamedTuple):
+    """An upright image; (width, height) of the file's own; and the part of it (x0, y0, x1, y1) that is the picture."""
+
+    image: Image.Image
+    size_px: tuple[int, int]
+    part: tuple[float, float, float, float] | None
+
+
+def _decode(data: bytes, max_pixels: int, enough: Callable[[tuple[int, int]], tuple[int, int]] | None) -> _Decoded:
+    """`enough` gives, for the (width, height) of the upright original, those that suffice: a JPEG may then come out at
+    1/2, 1/4 or 1/8 of its size, but no smaller, reduced while it is decoded."""
     if not data:
         raise ImageError("empty file")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         image = _open(data, max_pixels)
         try:
-            if enough:
-                _reduce(image, enough)
+            reduced = _reduce(image, enough) if enough else None
             image.load()
-            return _to_rgb(_turn_upright(image))
+            orientation = _orientation(image)  # Pillow turns some formats upright as it loads them
+            upright = _to_rgb(_turn_upright(image, orientation))
+            if reduced is None:
+                return _Decoded(upright, upright.size, None)
+            size_px, spare = reduced
+            return _Decoded(upright, size_px, _part(upright.size, orientation, spare) if any(spare) else None)
         except (ImageError, MemoryError):
             raise
         except Exception as error:  # damaged files make the decoders raise nearly anything
@@ -102,16 +113,41 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _reduce(image: Image.Image, enough: Callable[[tuple[int, int]], tuple[int, int]]) -> None:
-    """Has a JPEG decoded at a fraction of its size, if that is enough; does nothing to other formats."""
-    turned = _orientation(image) in _ON_THEIR_SIDE
-    upright = image.size[::-1] if turned else image.size
-    wanted = enough(upright)
-    image.draft(None, wanted[::-1] if turned else wanted)
+def _reduce(
+    image: Image.Image, enough: Callable[[tuple[int, int]], tuple[int, int]]
+) -> tuple[tuple[int, int], tuple[float, float]] | None:
+    """Has a JPEG decoded at a fraction of its size, if that is enough; does nothing to other formats, and gives None.
+
+    Gives (width, height) of the upright original, and the pixels at the right and at the bottom of what will be
+    decoded that lie beyond the picture: its size is rounded up.
+    """
+    on_its_side = _orientation(image) in _ON_THEIR_SIDE
+    width, height = image.size
+    size_px = (height, width) if on_its_side else (width, height)
+    width, height = enough(size_px)
+    drafted = image.draft(None, (height, width) if on_its_side else (width, height))
+    if drafted is None:
+        return None
+    return size_px, (image.width - drafted[1][2], image.height - drafted[1][3])
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    method = _UPRIGHT.get(_orientation(image))
+def _part(size: tuple[int, int], orientation: int, spare: tuple[float, float]) -> tuple[float, float, float, float]:
+    """The picture in an upright image of `size`, of which `spare` lay beyond it at the file's right and bottom."""
+    right, bottom = spare
+    left, top, right, bottom = {
+        2: (right, 0.0, 0.0, bottom),
+        3: (right, bottom, 0.0, 0.0),
+        4: (0.0, bottom, right, 0.0),
+        5: (0.0, 0.0, bottom, right),
+        6: (bottom, 0.0, 0.0, right),
+        7: (bottom, right, 0.0, 0.0),
+        8: (0.0, right, bottom, 0.0),
+    }.get(orientation, (0.0, 0.0, right, bottom))
+    return left, top, size[0] - right, size[1] - bottom
+
+
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _UPRIGHT.get(orientation)
     return image if method is None else image.transpose(method)
 
 
@@ -201,24 +237,15 @@ class Preprocessing:
 
         Raises ImageError and MemoryError as `decode_image` and `apply` do.
         """
-        if not self.scaled_decode:
-            image = decode_image(data)
-            return self.apply(image), image.size
-        sizes: list[tuple[int, int]] = []
-
-        def enough(original: tuple[int, int]) -> tuple[int, int]:
-            sizes.append(original)
-            return self._resized_size(original)
-
-        image = decode_image(data, enough=enough)
-        return self._fit(image, sizes[0]), sizes[0]
+        decoded = _decode(data, MAX_PIXELS, self._resized_size if self.scaled_decode else None)
+        return self._fit(*decoded), decoded.size_px
 
     def apply(self, image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
         """The model's input, before normalisation, of an upright RGB image.
 
         Raises ImageError for an image so elongated that its resized form would pass `MAX_PIXELS`.
         """
-        return self._fit(image, image.size)
+        return self._fit(image, image.size, None)
 
     def _resized_size(self, size_px: tuple[int, int]) -> tuple[int, int]:
         width, height = (int(x) for x in self._resized_sizes(np.array([size_px]))[0])
@@ -226,11 +253,13 @@ class Preprocessing:
             raise ImageError(f"too elongated: {size_px[0]} x {size_px[1]} pixels resize to {width} x {height}")
         return width, height
 
-    def _fit(self, image: Image.Image, size_px: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
-        """An image, or a reduced form of it, resized and cropped as one of `size_px`."""
+    def _fit(
+        self, image: Image.Image, size_px: tuple[int, int], part: tuple[float, float, float, float] | None
+    ) -> UInt8[np.ndarray, "h w 3"]:
+        """An image of `size_px`, or the `part` of an image that is a reduced form of it, resized and cropped."""
         width, height = self._resized_size(size_px)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        if (width, height) != image.size or part:
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()], box=part)
         left, top = (int(x) for x in self._crop_offsets(np.array([[width, height]]))[0])
         return self._paste(np.asarray(image), top, left)
 

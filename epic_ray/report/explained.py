@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from epic_ray.config import FITTING_SPLIT
+from epic_ray.config import FITTING_SPLIT, PRECISION_TOLERANCES
 from epic_ray.errors import InputError, ResultError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import absorb
@@ -102,6 +102,7 @@ class Illustrator:
             bias=bias,
             rest=float(shares[others].sum()),
             rows=tuple(self._channel(seen, row) for row in rows),
+            tolerance=max(1e-3, PRECISION_TOLERANCES[self._run.config.resources.precision]),
             footer=f"{self._run.config.name} · {self._run.config.model.architecture} · EPIC basis",
         )
 
@@ -149,9 +150,10 @@ class Illustrator:
         return Tile(image, heat, grid_box, box, caption if box else f"{caption} (peak in padding)")
 
     def _look(self, address: Address) -> Seen:
-        image, preprocessing = self._read(address), self._classifier.preprocessing
+        data, preprocessing = _bytes(address), self._classifier.preprocessing
+        image = decode_image(data)
         # what the classifier saw, which a reduced JPEG is and what a person sees is not
-        seen = preprocessing.load(address.read())[0] if preprocessing.scaled_decode else preprocessing.apply(image)
+        seen = preprocessing.load(data)[0] if preprocessing.scaled_decode else preprocessing.apply(image)
         pixels = torch.from_numpy(seen[None])
         with torch.inference_mode():
             maps, logits = self._classifier(self._classifier.normalise(pixels.to(self._device)))
@@ -159,8 +161,12 @@ class Illustrator:
 
 
 def _read(address: Address) -> Image.Image:
+    return decode_image(_bytes(address))
+
+
+def _bytes(address: Address) -> bytes:
     try:
-        return decode_image(address.read())
+        return address.read()
     except StorageAway as error:
         raise RunFailed(f"{address.uri}: {error}") from error
 

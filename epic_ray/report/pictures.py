@@ -84,18 +84,20 @@ class ExplanationPicture:
     rest: float
     rows: tuple[ChannelRow, ...]
     footer: str
+    tolerance: float = 1e-3
+    """What the sum may miss the logit by, over 1 + |logit|: more than rounding only in lower precision."""
 
 
 def draw_explanation(explanation: ExplanationPicture, tile_px: int = TILE) -> Image.Image:
     """The page as an RGB picture: header with the sum of shares, one row a channel, legend and footer.
 
-    Raises ValueError where the shares, the rest and the bias do not add up to the logit (1e-3 · (1 + |logit|)), where
+    Raises ValueError where the shares, the rest and the bias do not add up to the logit (within its tolerance), where
     `tile_px` is below 64, or where a heat or a box cannot be drawn.
     """
     if tile_px < 64:
         raise ValueError(f"tile_px is {tile_px}; captions need tiles of at least 64 px")
     parts = explanation.bias + explanation.rest + sum(row.share for row in explanation.rows)
-    tolerance = 1e-3 * (1 + abs(explanation.logit))
+    tolerance = explanation.tolerance * (1 + abs(explanation.logit))
     if not (np.isfinite(explanation.logit) and abs(explanation.logit - parts) <= tolerance):
         raise ValueError(
             f"{explanation.image_id}: bias, rest and shares add up to {parts:.6g}, the logit is {explanation.logit:.6g}"

@@ -343,5 +343,6 @@ def check_split(run_dir: RunDir, passes: Iterable[FeaturePass], tolerance: float
             raise InputError(
                 f"{passed.split}: the split of the classifier does not hold, worst on {worst['image_id']} (logits "
                 f"differ by {worst['split_difference']:.2e}, allowed is {tolerance:g}); "
-                "the head is not affine in the pooled map; raise model.tolerance only if you know why"
+                "the head is not affine in the pooled map, or resources.precision is too low for this network: set "
+                "float32; raise model.tolerance only if you know why"
             )

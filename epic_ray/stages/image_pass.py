@@ -123,7 +123,7 @@ def _execute(
     context = rd.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    actors = min(resources.feature_actors, len(units))
+    actors, calls = min(resources.feature_actors, len(units)), CALLS_AT_ONCE if resources.device == "cuda" else 1
     dataset = rd.from_arrow([pa.Table.from_pylist([asdict(unit)]) for unit in units]).map_batches(
         decode.__call__, batch_size=1, batch_format="pyarrow", num_cpus=1
     )
@@ -135,7 +135,8 @@ def _execute(
             min_size=1,
             max_size=actors,
             initial_size=min(actors, resources.actors_at_once),
-            max_concurrent_calls_per_actor=CALLS_AT_ONCE if resources.device == "cuda" else 1,
+            max_concurrent_calls_per_actor=calls,
+            max_tasks_in_flight_per_actor=calls + 1,  # a decoded unit may take 77 MB: one in hand is enough
             enable_true_multi_threading=True,  # the actor's own lock keeps its device to one unit at a time
         ),
         num_gpus=resources.gpus_per_actor or None,

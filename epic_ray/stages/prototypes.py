@@ -54,13 +54,11 @@ def make_prototypes(job: PrototypesJob, basis: torch.Tensor, reporter: Reporter)
             found = _search(job, passed, bases)
             _ensure_maps(job, store, passed, found)
             for name, tops in found.items():
-                peaks = {sign: _peaks(store, top, bases[name], sign) for sign, top in tops.items()}
+                drawn = job.config.prototypes.per_channel if split == FITTING_SPLIT else 0
+                peaks = {sign: _peaks(store, top, bases[name], sign, drawn) for sign, top in tops.items()}
                 purity += _purity_rows(name, split, peaks[1])
                 if split == FITTING_SPLIT:
-                    prototypes += [
-                        _prototype_table(job, name, passed, sign, tops[sign], peaks[sign], store, bases[name])
-                        for sign in tops
-                    ]
+                    prototypes += [_prototype_table(job, name, passed, sign, tops[sign], peaks[sign]) for sign in tops]
                 meter.advance()
     tables = {"prototypes": pa.concat_tables(prototypes), "purity": pa.concat_tables(purity)}
     for name, table in tables.items():
@@ -104,26 +102,22 @@ def _gather(
     return gatherer.ensure(positions)
 
 
-def _peaks(store: MapStore, top: TopN, basis: torch.Tensor, sign: int) -> dict[str, np.ndarray]:
-    """Purity and peak cell of every (channel, slot) of `top`; unused slots are NaN and -1."""
+def _peaks(store: MapStore, top: TopN, basis: torch.Tensor, sign: int, drawn: int) -> dict[str, np.ndarray]:
+    """Purity (D, n) and peak cell (D, n) of every (channel, slot) of `top`, and heat (D, drawn, S) of the first slots;
+    unused slots are NaN, -1 and 0."""
     channels, slots = (top.indices >= 0).nonzero(as_tuple=True)
-    out: dict[str, np.ndarray] = {
-        "purity": np.full(top.indices.shape, np.nan, np.float32),
-        "cells": np.full(top.indices.shape, -1, np.int64),
-    }
+    purity = np.full(top.indices.shape, np.nan, np.float32)
+    cells, heat = np.full(top.indices.shape, -1, np.int64), np.zeros((len(purity), drawn, 1), np.float32)
     for rows, maps, image_slots in _blocks(store, top.indices[channels, slots]):
         peaks: Peaks = find_peaks_grouped(maps, image_slots, channels[rows], basis, sign)
         where = (channels[rows].numpy(), slots[rows].numpy())
-        out["purity"][where], out["cells"][where] = peaks.purity.numpy(), peaks.cells.numpy()
-    return out
-
-
-def _heat(store: MapStore, images: torch.Tensor, channels: torch.Tensor, basis: torch.Tensor, cells: int) -> np.ndarray:
-    """The channel at every cell (P, S) of each (image, channel) pair."""
-    out = np.zeros((len(images), cells), np.float32)
-    for rows, maps, image_slots in _blocks(store, images):
-        out[rows.numpy()] = heat_maps(maps, image_slots, channels[rows], basis).numpy()
-    return out
+        purity[where], cells[where] = peaks.purity.numpy(), peaks.cells.numpy()
+        if heat.shape[2] != maps.shape[1]:
+            heat = np.zeros((*heat.shape[:2], maps.shape[1]), np.float32)
+        first = slots[rows] < drawn
+        where = (channels[rows][first].numpy(), slots[rows][first].numpy())
+        heat[where] = heat_maps(maps, image_slots[first], channels[rows][first], basis).numpy()
+    return {"purity": purity, "cells": cells, "heat": heat}
 
 
 def _blocks(store: MapStore, images: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -161,8 +155,6 @@ def _prototype_table(
     sign: int,
     top: TopN,
     peaks: dict[str, np.ndarray],
-    store: MapStore,
-    matrix: torch.Tensor,
 ) -> pa.Table:
     per_channel = job.config.prototypes.per_channel
     indices, values = top.indices[:, :per_channel].numpy(), top.values[:, :per_channel].numpy()
@@ -186,13 +178,7 @@ def _prototype_table(
         "cell_row": cells[:, 0].astype(np.int32),
         "cell_col": cells[:, 1].astype(np.int32),
         "box_xyxy_px": job.preprocessing.cell_boxes(cells, job.grid, sizes),
-        "heat": _heat(
-            store,
-            torch.from_numpy(indices[channels, slots]),
-            torch.from_numpy(channels),
-            matrix,
-            job.grid[0] * job.grid[1],
-        ),
+        "heat": peaks["heat"][channels, slots],
     }
     return build_table("prototypes", columns)
 

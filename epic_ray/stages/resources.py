@@ -110,8 +110,6 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
         raise ClusterError("resources: device is cuda, but no actor holds a GPU; set resources.gpus_per_actor")
     now = int(gpus_now / gpus_per_actor) if gpus_per_actor else _cpu_actors(cpus, threads)
     device = config.device if config.device != "auto" else ("cuda" if gpus_per_actor else "cpu")
-    if config.precision == "tf32" and device != "cuda":
-        raise ClusterError("resources: precision tf32 is arithmetic of GPUs, and the device is cpu; set float32")
     return Resources(
         feature_actors=actors,
         actors_at_once=max(1, min(now, actors)),

@@ -70,9 +70,10 @@ class UnitActor:
 
     def __call__(self, row: pa.Table) -> pa.Table:
         unit = Unit.of(unpack(row))
-        self._attempts.begin(unit.split, unit.number, "forward")
         readable = unit.readable
         with self._turn:
+            # not before its turn: the unit before it may end the process
+            self._attempts.begin(unit.split, unit.number, "forward")
             results = self.compute(unit, readable)
         bytes_written = self.publish(unit, readable, results)
         return pa.table(

@@ -122,14 +122,19 @@ class _Trainer(TorchTrainer):
             raise
         except BaseException:
             self._abort()
+            self._free(before)
             raise
         finally:
             if self._controller is not None:
                 ray.kill(self._controller)
-            # a controller that is aborted while its workers start forgets what it has reserved for them
+
+    def _free(self, before: set[str]) -> None:
+        """Gives back what the controller has reserved: one that is aborted while its workers start forgets it."""
+        with suppress(Exception):  # an interrupt is what is to be told, whatever else goes wrong
+            if self._controller is not None:
+                ray.kill(self._controller)
             for left in _own_reservations() - before:
-                with suppress(ray_errors.RayError):
-                    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(left))))
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(left))))
 
     def _abort(self) -> None:
         if self._controller is not None:

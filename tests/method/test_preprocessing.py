@@ -370,7 +370,7 @@ def test_each_box_is_mapped_with_its_own_images_size():
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize(("size", "reduced"), [((500, 375), False), ((512, 512), True), ((1100, 2900), True)])
+@pytest.mark.parametrize(("size", "reduced"), [((500, 375), False), ((512, 512), True), ((1025, 2311), True)])
 def test_a_large_jpeg_is_reduced_while_it_is_decoded_to_nearly_the_same_input(orientation, size, reduced):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -382,6 +382,19 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded_to_nearly_the_same_input(or
     difference = np.abs(exact.astype(int) - scaled).mean()
     assert difference < 2
     assert (difference > 0) == reduced, "an image that is no twice as large stays equal to the bit"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_jpeg_lies_where_the_whole_one_does_however_it_is_turned(orientation):
+    """1025 x 2057 at 1/8 becomes 129 x 258: what is beyond the picture must not squeeze it, on whichever side it is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = np.stack([np.broadcast_to(np.linspace(0, 255, 1025), (2057, 1025))] * 3, axis=2).astype(np.uint8)
+    ramp[..., 1] = np.linspace(0, 255, 2057)[:, None]
+    data = _bytes(Image.fromarray(ramp), "JPEG", exif=exif, quality=98)
+    exact, scaled = (Preprocessing(96, (96, 96), scaled_decode=reduce).load(data)[0] for reduce in (False, True))
+    difference = exact.astype(float) - scaled
+    assert np.abs(difference[8:-8, 8:-8].mean(axis=(0, 1))).max() < 0.35
 
 
 def test_only_jpegs_are_reduced():

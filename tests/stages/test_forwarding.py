@@ -1,17 +1,22 @@
 """The actor with the classifier, called as Ray calls it, without Ray."""
 
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from conftest import small_settings
 
 from epic_ray.config import RunConfig
-from epic_ray.errors import ClusterError
 from epic_ray.logs import Reporter
 from epic_ray.method.classifier import SplitClassifier
+from epic_ray.method.staging import Staging
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.classes import ClassNames
@@ -20,6 +25,7 @@ from epic_ray.stages.features import FeatureActor
 from epic_ray.stages.images import Listing, UnitRange, cut_units
 from epic_ray.stages.loading import load
 from epic_ray.stages.resources import Resources
+from epic_ray.stages.unit_actor import UnitActor
 from epic_ray.tables import read_table
 
 RESOURCES = Resources(1, 1, 0.0, "cpu", 1, 16, "float32", 2, 0)
@@ -65,6 +71,53 @@ def test_an_actor_that_is_called_from_several_threads_publishes_what_one_thread_
         assert one.list("maps") == several.list("maps") != []
 
 
+class Overlapping(UnitActor):
+    """Notes which units are computed and which are published at the same time."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        super().__init__(run_dir, Attempts(run_dir, "features"))
+        self.computing, self.publishing = 0, threading.Event()
+        self.met: set[str] = set()
+
+    def compute(self, unit, readable):
+        self.computing += 1
+        if self.computing > 1:
+            self.met.add("two computed")
+        if self.publishing.wait(0.2):
+            self.met.add("one computed while another was published")
+        self.computing -= 1
+
+    def publish(self, unit, readable, results):
+        self.publishing.set()
+        time.sleep(0.1)
+        self.publishing.clear()
+        return 0
+
+
+def test_one_unit_is_computed_while_another_is_published_and_never_two_at_once(patches, tmp_path):
+    config = small_settings(patches, tmp_path, features={"unit_size": 10})
+    run_dir = RunDir(str(tmp_path / "run"))
+    rows, actor = decoded(config, run_dir), Overlapping(run_dir)
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(actor, rows))) == 9
+    assert actor.met == {"one computed while another was published"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_reach_a_gpu_as_they_are_through_two_buffers():
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 64, 64, 3), np.uint8)
+    staging = Staging(16, (64, 64, 3), torch.device("cuda"))
+    rows = np.arange(90)
+    sent = [staging.send(pixels, rows[start : start + 16]) for start in range(0, 90, 16)]
+    assert np.array_equal(torch.cat(sent).cpu().numpy()[:90], pixels)
+
+
+def test_a_decode_task_imports_no_torch():
+    """It would take 400 MB and a second from each process that decodes."""
+    code = "import sys, epic_ray.stages.decode_unit; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_a_last_batch_that_is_not_full_holds_no_rest_of_the_one_before(patches, tmp_path):
     config = small_settings(patches, tmp_path, features={"unit_size": 90})
     run_dir = RunDir(str(tmp_path / "run"))
@@ -79,11 +132,3 @@ def test_a_last_batch_that_is_not_full_holds_no_rest_of_the_one_before(patches, 
     assert logits.shape == (20, 3)
     assert np.array_equal(np.concatenate(seen)[:20], pixels[1:])
     assert not np.concatenate(seen)[20:].any()
-
-
-@pytest.mark.ray
-def test_tf32_is_refused_on_a_cpu(settings, ray_session):
-    from epic_ray.stages.resources import resolve_resources
-
-    with pytest.raises(ClusterError, match="tf32 is arithmetic of GPUs"):
-        resolve_resources(settings(resources={"precision": "tf32"}).resources)

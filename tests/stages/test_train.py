@@ -13,6 +13,7 @@ from PIL import Image
 from epic_ray import pipeline
 from epic_ray.config import RunConfig
 from epic_ray.logs import Reporter
+from epic_ray.report.explained import draw_split
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.fit import read_basis
 from epic_ray.stages.loading import load
@@ -117,6 +118,9 @@ def test_half_precision_gives_another_run_near_the_full_one_and_says_how_near(se
     assert 0 < np.abs(exact - found).max() < 0.05
     assert 1e-4 < record["logits"]["max_abs_difference"] < 0.5
     assert undisturbed[0]["logits"]["max_abs_difference"] < 1e-4
+    run, record = pipeline.open_finished(run_dir, Reporter())
+    pipeline.explain(run, record, "val", limit=8)
+    assert len(draw_split(run, "val", 8, 2, Reporter())) == 8, "its pictures add up as well as its logits do"
 
 
 def test_another_batch_size_changes_features_by_rounding_alone(settings, undisturbed):
