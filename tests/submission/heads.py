@@ -16,11 +16,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _START_SECONDS = 90
 _OBJECT_STORE_BYTES = 200 * 1024**2
 _BIN = Path(sys.executable).parent
+
+
+def open_directly(what: str | urllib.request.Request) -> Any:
+    """What an address answers, by no proxy: `urlopen` keeps that of the first call in the process for ever."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(what, timeout=5)
 
 
 @dataclass
@@ -71,7 +77,7 @@ class Head:
     def _get(self, path: str) -> dict | None:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         request = urllib.request.Request(self.address + path, headers=headers)
-        with suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as answer:
+        with suppress(OSError, ValueError), open_directly(request) as answer:
             return json.loads(answer.read())
         return None
 

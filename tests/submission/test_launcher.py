@@ -11,10 +11,10 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 import yaml
+from heads import open_directly
 
 from epic_ray.errors import ClusterError
 from epic_ray.submission.launcher import down, head_address, reach, tunnel, up
@@ -181,7 +181,7 @@ def test_a_tunnel_leads_to_the_dashboard_and_ends_with_the_block(cluster, ssh, d
         time.sleep(0.05)
     assert not alive(pid)
     with pytest.raises(OSError, match="refused"):
-        urlopen(address, timeout=5)
+        open_directly(address)
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_a_tunnel_whose_ssh_is_lost_leads_to_the_dashboard_again_at_the_same_add
         deadline = time.monotonic() + 120  # `ray dashboard` takes its time to start on a busy machine
         while True:
             try:
-                urlopen(address, timeout=5)
+                open_directly(address)
             except HTTPError:
                 break
             except OSError:
