@@ -1,5 +1,6 @@
 """Tables: wrong ones are refused, pandas, polars and DuckDB read the written ones alike, and the README names all."""
 
+import io
 import re
 from pathlib import Path
 
@@ -128,6 +129,84 @@ def test_features_are_written_without_a_dictionary_and_words_with_one(run_dir):
     encoded = {group.column(n).path_in_schema.split(".")[0]: group.column(n).encodings for n in range(5)}
     assert "RLE_DICTIONARY" in encoded["image_id"]
     assert "RLE_DICTIONARY" not in encoded["pooled"]
+
+
+def features_of(rows: int, channels: int, dtype=np.float32) -> pa.Table:
+    columns = {"split": ["train"] * rows, "position": np.arange(rows), "image_id": [str(n) for n in range(rows)]}
+    vectors = np.random.default_rng(0).normal(size=(rows, channels)).astype(dtype)
+    return build_table("features", columns | {"pooled": vectors})
+
+
+def test_vectors_are_written_as_they_are_and_all_else_compressed(run_dir):
+    write_table(run_dir, table_file("features"), features_of(600, 32))
+    group = pq.ParquetFile(run_dir.path(table_file("features"))).metadata.row_group(0)
+    chunks = {group.column(n).path_in_schema.split(".")[0]: group.column(n) for n in range(4)}
+    assert {name: chunk.compression for name, chunk in chunks.items()} == {
+        "split": "ZSTD",
+        "position": "ZSTD",
+        "image_id": "ZSTD",
+        "pooled": "UNCOMPRESSED",
+    }
+    assert chunks["pooled"].encodings == ("RLE", "PLAIN")
+
+
+@pytest.mark.parametrize(("dtype", "bytes_an_entry"), [(np.float32, 4), (np.float16, 2)])
+def test_a_unit_of_features_takes_the_bytes_that_the_readme_says(run_dir, dtype, bytes_an_entry):
+    for channels in (512, 2048):
+        size = write_table(run_dir, table_file("features"), features_of(512, channels, dtype))
+        assert 0 < size / 512 - bytes_an_entry * channels < 32
+
+
+def test_a_long_file_is_read_in_row_groups_of_bounded_size(run_dir):
+    write_table(run_dir, table_file("features"), features_of(9000, 1024))
+    write_table(run_dir, "tables/features/narrow.parquet", features_of(20_000, 4))
+    wide = pq.ParquetFile(run_dir.path(table_file("features"))).metadata
+    assert [wide.row_group(n).num_rows for n in range(wide.num_row_groups)] == [4096, 4096, 808]
+    narrow = pq.ParquetFile(run_dir.path("tables/features/narrow.parquet")).metadata
+    assert [narrow.row_group(n).num_rows for n in range(narrow.num_row_groups)] == [16_384, 3616]
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_features_that_an_earlier_version_compressed_are_read_as_ever(run_dir, compression):
+    table = features_of(700, 16)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression=compression, use_dictionary=["image_id"], write_page_checksum=True)
+    run_dir.publish_bytes(table_file("features"), sink.getvalue())
+    assert read_table(run_dir, table_file("features")).equals(table)
+
+
+def test_features_of_half_precision_are_read_alike_by_pandas_polars_and_duckdb(run_dir):
+    import duckdb
+    import pandas
+    import polars
+
+    table = features_of(50, 7, np.float16)
+    write_table(run_dir, table_file("features"), table)
+    back = read_table(run_dir, table_file("features"))
+    assert back["pooled"].type == pa.fixed_shape_tensor(pa.float16(), [7])
+    expected = to_numpy(table["pooled"])
+    assert (to_numpy(back["pooled"]) == expected).all()
+    file = run_dir.path(table_file("features"))
+    rows = duckdb.sql(f"select pooled from '{file}'").fetchall()
+    for found in (
+        np.stack(pandas.read_parquet(file)["pooled"]),
+        np.array(polars.read_parquet(file)["pooled"].to_list()),
+        np.array([row[0] for row in rows]),
+    ):
+        assert (found.astype(np.float32) == expected.astype(np.float32)).all()
+
+
+def test_logits_stay_in_single_precision(run_dir):
+    columns = columns_of("features")
+    halves = {name: columns[name].astype(np.float16) for name in ("pooled", "logits")}
+    table = build_table("features", columns | halves)
+    assert table["pooled"].type == pa.fixed_shape_tensor(pa.float16(), [3])
+    assert table["logits"].type == pa.fixed_shape_tensor(pa.float32(), [2])
+    half = pa.FixedShapeTensorArray.from_numpy_ndarray(halves["logits"])
+    wrong = table.set_column(table.column_names.index("logits"), "logits", half)
+    write_table(run_dir, table_file("features"), wrong)
+    with pytest.raises(ResultError, match=r"columns \['logits'\] are not those of table features"):
+        read_table(run_dir, table_file("features"))
 
 
 def columns_of(name: str) -> dict:
