@@ -6,9 +6,9 @@ a score depend neither on how many workers share the blocks out nor on how many 
 Memory of a worker, for blocks of B <= 8,192 images, D channels and n images kept: the block at work, the one before it,
 the next, which is read meanwhile, as it comes from the files and joined, and what `search_all` says, in float32
 
-    4 B D (4 + 3) + 330 D n bytes, 0.55 GB for D = 2,048 and n = 100,
+    4 B D (4 + 3) + 330 D n bytes, 0.54 GB for D = 2,048 and n = 100,
 
-whatever the number of images; beside that what is kept in the cache, and the libraries themselves (0.4 GB).
+whatever the number of images; beside that the cache, and the libraries (0.5 to 0.9 GB, and 0.1 GB once they multiply).
 """
 
 from collections import deque
