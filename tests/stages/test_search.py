@@ -207,9 +207,9 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
 def test_the_memory_of_a_search_is_what_the_docstring_says_and_not_that_of_the_features(tmp_path):
-    d, n, count = 512, 100, 60
+    d, n, count = 1100, 100, 50  # blocks that the C library gives back to the system when they are done
     files = write_features(RunDir(str(tmp_path / "run")), (4096,) * count, d=d)
     command = [sys.executable, "-c", SEARCH_ALONE, str(tmp_path / "run"), str(d), str(n)]
     told = subprocess.run([*command, *[file.relative for file in files]], check=True, capture_output=True, text=True)
-    stated = 4 * BLOCK_ROWS * d * 7 + 330 * d * n + 100_000_000
-    assert int(told.stdout) < stated < 4 * 4096 * d * count / 2
+    stated = 4 * BLOCK_ROWS * d * 9 + 330 * d * n + 150_000_000
+    assert int(told.stdout) < stated < 4 * 4096 * d * count / 1.5
