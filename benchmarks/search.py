@@ -1,6 +1,6 @@
 """The search for prototypes from files on disk, against the bare product and top-n from memory on the same threads.
 
-    python benchmarks/search.py [--rows 1281167] [--channels 512] [--prototypes 100] [--repeats 5] [--run RUN]
+    python benchmarks/search.py [--rows 1281167] [--channels 512] [--prototypes 100] [--device cuda] [--run RUN]
 
 Features are made up (non-negative, skewed, one class after another as in ImageNet's listing) and written by the
 project's own writer, 512 images a file; U is a random rotation. The baseline is the plain way: `torch.topk` of the
@@ -43,8 +43,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.alone:
         return search_alone(arguments)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        compare(arguments, Path(folder))
+    if arguments.folder:
+        compare(arguments, arguments.folder.absolute())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(arguments, Path(folder))
     if arguments.run:
         print("\n" + changed_in_run(RunDir(arguments.run)))
     return None
@@ -59,7 +62,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=bench.cores())
     parser.add_argument("--memory-gib", type=float, default=3.0, help="features that the baseline may hold in memory")
-    parser.add_argument("--folder", type=Path, help="where the files go for the time being (default: temporary)")
+    parser.add_argument("--device", default="cpu", help="where products are taken; the baseline's features lie there")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files go and stay, to be used again (default: temporary)"
+    )
     parser.add_argument("--run", help="a finished run, in which to count the prototypes that float16 changes")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -123,7 +129,7 @@ def forget(run_dir: RunDir, files: list[FeatureFile]) -> None:
 
 def bare(pooled: torch.Tensor, basis: torch.Tensor, n: int, rows: int, transposed: bool, keep: bool = True) -> TopN:
     """The product block by block and, where they are to be kept, the running top-n, as anyone would write them."""
-    best = TopN.empty(len(basis), n)
+    best = TopN.empty(len(basis), n, basis.device)
     for start in range(0, len(pooled), rows):
         block = pooled[start : start + rows]
         scores = basis @ block.T if transposed else (block @ basis.T).T
@@ -131,7 +137,12 @@ def bare(pooled: torch.Tensor, basis: torch.Tensor, n: int, rows: int, transpose
             values, places = scores.topk(min(n, len(block)), dim=1)
             values, order = torch.cat([best.values, values], dim=1).topk(n, dim=1)
             best = TopN(values, torch.cat([best.indices, places + start], dim=1).gather(1, order))
-    return best
+    return on_cpu(best)
+
+
+def on_cpu(top: TopN) -> TopN:
+    """The same in main memory, where it is only when the device is done with it."""
+    return TopN(top.values.cpu(), top.indices.cpu())
 
 
 def tune(pooled: torch.Tensor, basis: torch.Tensor, n: int) -> tuple[int, bool]:
@@ -154,16 +165,17 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     rows, channels, n = arguments.rows, arguments.channels, arguments.prototypes
     held = min(rows, int(arguments.memory_gib * 1024**3 / (4 * channels)) // BLOCK_ROWS * BLOCK_ROWS)
     basis = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)))[0]
+    basis = basis.to(arguments.device)
     print(f"{bench.heading()}; {arguments.threads} threads\n")
     runs = {dtype: RunDir(str(folder / dtype)) for dtype in ("float32", "float16")}
     storage = [store(run_dir, dtype, arguments) for dtype, run_dir in runs.items()]
-    pooled = torch.cat([block for _, block in PooledBlocks(runs["float32"], file_blocks(feature_files(held)))])
+    pooled = torch.cat([block.to(basis) for _, block in blocks_of(runs["float32"], held)])
     setting = tune(pooled, basis, n)
     print(f"Baseline: blocks of {setting[0]}, scores {'(D, rows)' if setting[1] else '(rows, D)'}.\n")
     timed = list(timings(arguments, runs, pooled, basis, partial(bare, pooled, basis, n, *setting)))
     print(f"{held:,} images x {channels}, n = {n}\n\n{bench.table(timed)}\n")
     print(bench.table([row | alone(arguments, runs[row["files"]], basis, folder) for row in storage]) + "\n")
-    found = {dtype: search(blocks_of(run_dir, held), basis, n) for dtype, run_dir in runs.items()}
+    found = {dtype: on_cpu(search(blocks_of(run_dir, held), basis, n)) for dtype, run_dir in runs.items()}
     print(exactness(pooled, basis, found["float32"]))
     print(changed(found["float32"], found["float16"], f"made-up features, {held:,} images"))
 
@@ -184,46 +196,62 @@ def timings(
     n, held = arguments.prototypes, len(pooled)
     single, half = runs["float32"], runs["float16"]
     queries = [
-        Query(matrix, count, sign) for matrix in (torch.eye(len(basis)), basis) for count, sign in ((20, 1), (5, -1))
+        Query(matrix, count, sign)
+        for matrix in (torch.eye(len(basis)).to(basis), basis)
+        for count, sign in ((20, 1), (5, -1))
     ]
     kept = PooledBlocks(single, file_blocks(feature_files(held)), cache_bytes=2**40)
 
+    def find(blocks: PooledBlocks) -> TopN:
+        return on_cpu(search(blocks, basis, n))
+
     def on_disk() -> TopN:
         forget(single, feature_files(held))
-        return search(blocks_of(single, held), basis, n)
+        return find(blocks_of(single, held))
 
     def four() -> None:
         for _ in queries:
             baseline()
 
+    def read() -> None:
+        for _ in blocks_of(single, held):
+            pass
+
+    def multiply() -> None:
+        bare(pooled, basis, n, BLOCK_ROWS, True, keep=False)
+
     ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "search, files in the system's cache": (lambda: search(blocks_of(single, held), basis, n), baseline),
+        "search, files in the system's cache": (lambda: find(blocks_of(single, held)), baseline),
         "search, files not in the system's cache": (on_disk, baseline),
-        "search, features kept by an earlier round": (lambda: search(kept, basis, n), baseline),
-        "search, float16 files in the system's cache": (lambda: search(blocks_of(half, held), basis, n), baseline),
+        "search, features kept by an earlier round": (lambda: find(kept), baseline),
+        "search, float16 files in the system's cache": (lambda: find(blocks_of(half, held)), baseline),
         "both bases and signs in one read, against four": (lambda: search_all(blocks_of(single, held), queries), four),
-        "reading alone": (lambda: [None for _ in blocks_of(single, held)], baseline),
-        "product alone, from memory": (lambda: bare(pooled, basis, n, BLOCK_ROWS, True, keep=False), baseline),
+        "reading alone, against the product alone": (read, multiply),
     }
     for name, (ours, other) in ways.items():
         yield bench.side_by_side(ours, other, arguments.repeats).row(name)
 
 
 def store(run_dir: RunDir, dtype: str, arguments: argparse.Namespace) -> dict[str, str]:
-    """Writes the features in a type, and says what that took."""
+    """Writes the features in a type, unless they are there, and says what that took."""
+    what = f"written-{arguments.rows}-{arguments.channels}.json"
+    if run_dir.exists(what):
+        return run_dir.read_json(what)
     seconds, size_bytes = write_features(run_dir, arguments.rows, arguments.channels, dtype)
-    return {
+    told = {
         "files": dtype,
         "bytes an image": f"{size_bytes / arguments.rows:.0f}",
         "GB": f"{size_bytes / 1e9:.2f}",
         "written MB/s": f"{size_bytes / 1e6 / seconds:.0f}",
     }
+    run_dir.publish_json(what, told)
+    return told
 
 
 def alone(arguments: argparse.Namespace, run_dir: RunDir, basis: torch.Tensor, folder: Path) -> dict[str, str]:
     """What a process of its own takes for all rows."""
     torch.save(basis, folder / "basis.pt")
-    sizes = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "channels", "prototypes", "threads")]
+    sizes = [f"--{name}={getattr(arguments, name)}" for name in ("rows", "prototypes", "threads")]
     command = [sys.executable, __file__, *sizes, "--alone", str(run_dir)]
     told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size_bytes = sum(Path(run_dir.path(file.relative)).stat().st_size for file in feature_files(arguments.rows))
@@ -260,7 +288,7 @@ def peak_bytes() -> int:
 def exactness(pooled: torch.Tensor, basis: torch.Tensor, found: TopN) -> str:
     """Against a full sort, the lower index first among equal scores, of channels spread over all."""
     some = torch.linspace(0, len(basis) - 1, SAMPLED_CHANNELS).long()
-    scores = torch.cat([(basis @ block.T)[some] for block in pooled.split(BLOCK_ROWS)], dim=1)
+    scores = torch.cat([(basis @ block.T)[some].cpu() for block in pooled.split(BLOCK_ROWS)], dim=1)
     values, indices = (part[:, : found.values.shape[1]] for part in scores.sort(dim=1, descending=True, stable=True))
     equal = (found.indices[some] == indices).all(dim=1) & (found.values[some] == values).all(dim=1)
     return (

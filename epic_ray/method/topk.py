@@ -119,8 +119,8 @@ def search_all(blocks: Iterable[Block], queries: Sequence[Query]) -> list[TopN]:
     """The answers to several queries from one passage over the blocks; queries of one basis share its product.
 
     Features of any floating type are taken to the basis's type and device, in which scores are computed. Beside the
-    blocks themselves this takes at most 4 D (2 B + 8 n q) + 24 D n q bytes for q queries in float32, B = `BLOCK_ROWS`:
-    160 MB for D = 2,048, n = 100, q = 1. Blocks of more than B rows are cut.
+    blocks themselves that takes about 4 B D 3 + 330 D n bytes in float32 for blocks of B <= 8,192 images, which longer
+    ones are cut into: the scores, a copy of the features, and of each query what waits to be sorted in.
 
     Raises:
         ValueError: a score is NaN.

@@ -4,11 +4,12 @@ The files of a split are taken in fixed blocks, a matrix product each, cut by th
 a score depend neither on how many workers share the blocks out nor on how many files are read at once.
 
 Memory of a worker, for blocks of B <= 8,192 images, D channels and n images kept: the block at work, the one before it,
-the next, which is read meanwhile, as it comes from the files and joined, and what `search_all` says, in float32
+the next, which is read meanwhile, as it lies in the files, comes from them and is joined, what the allocators hold back
+of earlier ones, and what `search_all` says, in float32 at most
 
-    4 B D (4 + 3) + 330 D n bytes, 0.55 GB for D = 2,048 and n = 100,
+    4 B D (6 + 3) + 330 D n bytes, 0.67 GB for D = 2,048 and n = 100,
 
-whatever the number of images; beside that what is kept in the cache, and the libraries themselves (0.4 GB).
+whatever the number of images; beside that the cache, and the libraries (0.5 to 0.9 GB, and 0.15 GB once they multiply).
 """
 
 from collections import deque

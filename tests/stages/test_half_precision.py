@@ -26,7 +26,7 @@ def run_once(config: RunConfig) -> tuple[dict, RunDir]:
 
 def rows_of(run_dir: RunDir, table: str, split: str | None = None) -> list[dict]:
     rows = ds.dataset(run_dir.path(f"tables/{table}")).to_table().to_pylist()
-    return [row for row in rows if split in (None, row["split"])]
+    return [row for row in rows if split in (None, row.get("split"))]
 
 
 def pooled_of(run_dir: RunDir, split: str) -> np.ndarray:

@@ -1,5 +1,9 @@
 """Searching feature files: the same to the bit however they are shared out, read or kept; faults in them are told."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +181,35 @@ def test_features_on_a_store_are_searched_as_those_on_a_disk(s3, run_dir, files,
         away.publish_bytes(file.relative, run_dir.read_bytes(file.relative))
     blocks = file_blocks(files[:4])
     assert_equal(search_all(PooledBlocks(away, blocks), queries), search_all(PooledBlocks(run_dir, blocks), queries))
+
+
+SEARCH_ALONE = """
+import sys
+import torch
+from epic_ray.method.topk import search
+from epic_ray.run_dir import RunDir
+from epic_ray.stages.features import FeatureFile
+from epic_ray.stages.search import PooledBlocks, file_blocks
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(1)
+root, d, n, *files = sys.argv[1:]
+basis = torch.linalg.qr(torch.randn(int(d), int(d)))[0]
+blocks = PooledBlocks(RunDir(root), file_blocks([FeatureFile(file, "made", 4096) for file in files]))
+before = peak()
+search(blocks, basis, int(n))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
+def test_the_memory_of_a_search_is_what_the_docstring_says_and_not_that_of_the_features(tmp_path):
+    d, n, count = 1100, 100, 50  # blocks that the C library gives back to the system when they are done
+    files = write_features(RunDir(str(tmp_path / "run")), (4096,) * count, d=d)
+    command = [sys.executable, "-c", SEARCH_ALONE, str(tmp_path / "run"), str(d), str(n)]
+    told = subprocess.run([*command, *[file.relative for file in files]], check=True, capture_output=True, text=True)
+    stated = 4 * BLOCK_ROWS * d * 9 + 330 * d * n + 150_000_000
+    assert int(told.stdout) < stated < 4 * 4096 * d * count / 1.5
