@@ -33,6 +33,7 @@ __all__ = [
     "Reducer",
     "RoundRecord",
     "SingleProcess",
+    "equal_weights",
     "fit_adam",
     "fit_procrustes",
     "ica_basis",
@@ -40,6 +41,7 @@ __all__ = [
     "pca_basis",
     "quartimax_start",
     "random_basis",
+    "rank_weights",
 ]
 
 # Weight of the current U beside M: far below the singular values that matter, enough to hold a direction about
@@ -48,7 +50,8 @@ _PROXIMITY = 1e-3
 # Pairs whose peak vectors are gathered at once.
 _PAIR_ROWS = 8192
 
-MapBlock = tuple[Float[Tensor, "_ s d"], Int[Tensor, "_"], Int[Tensor, "_"]]
+Weights = Callable[[int], Float[Tensor, "n"]]
+MapBlock = tuple[Float[Tensor, "_ s d"], Int[Tensor, "_"], Int[Tensor, "_"], Int[Tensor, "_"]]
 
 
 class NonFiniteError(ArithmeticError):
@@ -64,7 +67,10 @@ class MapSource(Protocol):
         ...
 
     def blocks(self, top: TopN) -> Iterable[MapBlock]:
-        """This worker's share of the pairs of `top`: maps, and per pair its row among them and its channel."""
+        """This worker's share of the pairs of `top`: maps, and per pair its row among them, its channel and its rank.
+
+        Ranks count from 0, the channel's strongest image.
+        """
         ...
 
 
@@ -165,12 +171,23 @@ class FitState:
 OnRound = Callable[[FitState, RoundRecord], None]
 
 
+def rank_weights(n: int) -> Float[Tensor, "n"]:
+    """Weights 1 / sqrt(r) of the ranks r = 1 .. n: the strongest images count most, and none comes in at a stroke."""
+    return torch.arange(1, n + 1, dtype=torch.float64).rsqrt()
+
+
+def equal_weights(n: int) -> Float[Tensor, "n"]:
+    """The same weight for every prototype."""
+    return torch.ones(n, dtype=torch.float64)
+
+
 def fit_procrustes(
     source: MapSource,
     state: FitState,
     schedule: Sequence[int],
     reducer: Reducer,
     on_round: OnRound,
+    weigh: Weights = rank_weights,
 ) -> FitState:
     """Fit U in closed form: each round sets U to the orthogonal matrix nearest to M + 0.001 U (ours).
 
@@ -184,13 +201,14 @@ def fit_procrustes(
         schedule: prototypes per channel of each round, of all rounds, also those done.
         reducer: who else takes part.
         on_round: called after each round with the state to resume from and the round's record.
+        weigh: weights of a channel's prototypes by rank, of any scale, for their number n.
 
     Raises:
         NonFiniteError: a feature map is not finite.
     """
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        directions, purity_start = _peak_directions(source, top, state.basis, reducer)
+        directions, purity_start = _peak_directions(source, top, state.basis, reducer, weigh)
         _demand_finite(directions, number, 0)
         basis = _nearest_basis(directions + _PROXIMITY * state.basis, reducer)
         purity_end = float((basis * directions).sum()) / len(basis)
@@ -244,7 +262,7 @@ def fit_adam(
 
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        _, purity_start = _peak_directions(source, top, state.basis, reducer)
+        _, purity_start = _peak_directions(source, top, state.basis, reducer, equal_weights)
         steps, loss_sum = 0, state.basis.new_zeros(1)
         for epoch in range(epochs_per_round):
             loss_sum.zero_()
@@ -259,7 +277,7 @@ def fit_adam(
                 steps += 1
         reducer.sum_(loss_sum)
         basis = model.basis()
-        _, purity_end = _peak_directions(source, top, basis, reducer)
+        _, purity_end = _peak_directions(source, top, basis, reducer, equal_weights)
         loss_mean = float(loss_sum) * epochs_per_round / (steps * reducer.world)
         record = _record(number, top, (state.basis, basis), (purity_start, purity_end), steps=steps, loss=loss_mean)
         parameter = model.parameter.detach().clone()
@@ -313,20 +331,23 @@ def _batches(
 
 
 def _peak_directions(
-    source: MapSource, top: TopN, basis: Tensor, reducer: Reducer
+    source: MapSource, top: TopN, basis: Tensor, reducer: Reducer, weigh: Weights
 ) -> tuple[Float[Tensor, "d d"], float]:
-    """M, row k the mean of z / |z| at the peaks of channel k's prototypes, and the mean purity tr(U M^T) / D."""
+    """M, row k the weighted mean of z / |z| at the peaks of channel k's prototypes, and the purity tr(U M^T) / D."""
     # float64: the sum may not depend on how the images are shared out, and U answers to its last bits
-    sums, counts = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
-    for maps_BSD, image_slots, channels in source.blocks(top):
+    sums, total = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
+    rank_weights = weigh(top.indices.shape[1]).to(total)
+    for maps_BSD, image_slots, channels, ranks in source.blocks(top):
         peaks = find_peaks_grouped(maps_BSD, image_slots, channels, basis)
-        counts += torch.bincount(channels, minlength=len(basis))
+        weights = rank_weights[ranks]
+        total.index_add_(0, channels, weights)
         for rows in torch.arange(len(channels), device=channels.device).split(_PAIR_ROWS):
             part = Peaks(peaks.cells[rows], peaks.purity[rows], peaks.value[rows])
-            sums.index_add_(0, channels[rows], unit_peak_vectors(maps_BSD, image_slots[rows], part).double())
+            units_PD = unit_peak_vectors(maps_BSD, image_slots[rows], part).double()
+            sums.index_add_(0, channels[rows], units_PD.mul_(weights[rows].unsqueeze(1)))
     reducer.sum_(sums)
-    reducer.sum_(counts)
-    directions = (sums / counts.clamp(min=1).unsqueeze(1)).to(basis.dtype)
+    reducer.sum_(total)
+    directions = (sums / torch.where(total == 0, 1.0, total).unsqueeze(1)).to(basis.dtype)
     return directions, float((basis * directions).sum()) / len(basis)
 
 

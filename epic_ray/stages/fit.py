@@ -416,16 +416,17 @@ class StoredMaps:
 
     def blocks(self, top: TopN) -> Iterator[MapBlock]:
         """This worker's share of the pairs, image by image in blocks of bounded memory."""
-        channels, slots = (top.indices >= 0).nonzero(as_tuple=True)
-        images = top.indices[channels, slots]
+        channels, ranks = (top.indices >= 0).nonzero(as_tuple=True)
+        images = top.indices[channels, ranks]
         order = images.argsort(stable=True)
-        images, channels = images[order], channels[order]
+        images, channels, ranks = images[order], channels[order], ranks[order]
         for positions, maps in self._store.blocks(self._own_images(top)):
             low, high = np.searchsorted(images.cpu().numpy(), [positions[0], positions[-1] + 1])
             mine = torch.isin(images[low:high], torch.from_numpy(positions).to(images.device))
-            chosen, pairs = images[low:high][mine], channels[low:high][mine]
+            chosen = images[low:high][mine]
             image_slots = torch.searchsorted(torch.from_numpy(positions).to(images.device), chosen)
-            yield torch.from_numpy(maps).to(self._device), image_slots, pairs
+            on_device = torch.from_numpy(maps).to(self._device)
+            yield on_device, image_slots, channels[low:high][mine], ranks[low:high][mine]
 
     def pair_maps(self, image_indices: torch.Tensor) -> torch.Tensor:
         """The maps of any images, one row an entry."""

@@ -22,12 +22,13 @@ class ArraySource:
 
     def blocks(self, top: topk.TopN):
         """This worker's pairs, `block_images` images at a time, their maps in any order of images."""
-        images, channels = top.indices[top.indices >= 0], (top.indices >= 0).nonzero()[:, 0]
+        channels, ranks = (top.indices >= 0).nonzero(as_tuple=True)
+        images = top.indices[channels, ranks]
         own = images[images % self.world == self.rank].unique()
         for block in own.split(self.block_images):
             slots = torch.searchsorted(block, images).clamp(max=len(block) - 1)
             inside = block[slots] == images
-            yield self.maps[block], slots[inside], channels[inside]
+            yield self.maps[block], slots[inside], channels[inside], ranks[inside]
 
     def pair_maps(self, image_indices: Tensor) -> Tensor:
         """The cells of these images."""

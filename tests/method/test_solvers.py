@@ -19,7 +19,16 @@ from epic_ray.method import solvers
 from epic_ray.method.basis import orthogonality_error, polar_factor, random_basis
 from epic_ray.method.peaks import find_peaks
 from epic_ray.method.schedule import prototypes_per_round
-from epic_ray.method.solvers import FitState, NonFiniteError, SingleProcess, fit_adam, fit_procrustes, pair_order
+from epic_ray.method.solvers import (
+    FitState,
+    NonFiniteError,
+    SingleProcess,
+    equal_weights,
+    fit_adam,
+    fit_procrustes,
+    pair_order,
+    rank_weights,
+)
 from epic_ray.method.topk import search
 
 ALONE = SingleProcess()
@@ -52,11 +61,13 @@ def fit(solver, maps, schedule, start=None, state=None, **options):
     return end, rounds
 
 
-def mean_purity(maps, basis, n):
-    """Mean purity of every channel's n prototypes, by the definition."""
+def mean_purity(maps, basis, n, weights=None):
+    """Mean purity of every channel's n prototypes, by the definition; weighted by rank where weights are given."""
     top = search([(torch.arange(len(maps)), maps.mean(dim=1))], basis, n)
     channels = torch.arange(len(basis)).repeat_interleave(n)
-    return find_peaks(maps[top.indices.flatten()], channels, basis).purity.mean().item()
+    purity = find_peaks(maps[top.indices.flatten()], channels, basis).purity.view(-1, n).double().mean(dim=0)
+    weights = torch.ones(n) if weights is None else weights
+    return ((purity * weights).sum() / weights.sum()).item()
 
 
 # The closed form
@@ -73,18 +84,21 @@ class FixedPrototypes(ArraySource):
         return self.top
 
 
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 20), d=st.integers(2, 8), signed=st.booleans())
+weightings = st.sampled_from([equal_weights, rank_weights])
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 20), d=st.integers(2, 8), signed=st.booleans(), weigh=weightings)
 @settings(deadline=None, max_examples=40)
-def test_for_fixed_prototypes_a_round_never_lowers_the_purity_it_started_from(seed, n, d, signed):
+def test_for_fixed_prototypes_a_round_never_lowers_the_purity_it_started_from(seed, n, d, signed, weigh):
     maps = torch.randn(30, 4, d, generator=torch.Generator().manual_seed(seed))
     maps = maps if signed else maps.relu()
     records = []
     state = FitState.begin(random_basis(d, seed))
     start = state.basis
-    state = fit_procrustes(FixedPrototypes(maps), state, [n] * 4, ALONE, lambda s, r: records.append(r))
+    state = fit_procrustes(FixedPrototypes(maps), state, [n] * 4, ALONE, lambda s, r: records.append(r), weigh)
     assert all(record.purity_end >= record.purity_start - 1e-6 for record in records)
     # the cells are found anew for each update: they change the objective, never a fixed-cell step
-    assert records[0].purity_start == pytest.approx(mean_purity(maps, start, n), abs=1e-5)
+    assert records[0].purity_start == pytest.approx(mean_purity(maps, start, n, weigh(n)), abs=1e-5)
     assert orthogonality_error(state.basis) < 1e-6
 
 
@@ -103,6 +117,26 @@ def test_images_without_any_activation_leave_the_basis_where_it_was():
     state, rounds = fit(fit_procrustes, torch.zeros(10, 4, 5), [3, 3], start)
     torch.testing.assert_close(state.basis, start, rtol=0, atol=1e-6)
     assert rounds[0][1].purity_end == 0
+
+
+def test_a_round_is_the_polar_factor_of_the_peaks_weighted_by_rank():
+    maps = rectified_maps()
+    state, _ = fit(fit_procrustes, maps, [7], weigh=rank_weights)
+    directions = torch.zeros(6, 6, dtype=torch.float64)
+    for channel in range(6):
+        strongest = maps[:, :, channel].sum(dim=1).argsort(descending=True, stable=True)[:7]
+        peaks = [maps[image, maps[image, :, channel].argmax()].double() for image in strongest]
+        weighted = [peak / peak.norm() / rank**0.5 for rank, peak in enumerate(peaks, start=1)]
+        directions[channel] = sum(weighted) / sum(rank**-0.5 for rank in range(1, 8))
+    expected = polar_factor(directions + 1e-3 * torch.eye(6))
+    torch.testing.assert_close(state.basis, expected.float(), rtol=0, atol=1e-5)
+
+
+def test_the_scale_of_the_weights_is_nothing():
+    maps = rectified_maps()
+    once, _ = fit(fit_procrustes, maps, [12, 6], weigh=rank_weights)
+    tenfold, _ = fit(fit_procrustes, maps, [12, 6], weigh=lambda n: 10 * rank_weights(n))
+    torch.testing.assert_close(once.basis, tenfold.basis, rtol=0, atol=1e-6)
 
 
 def test_more_prototypes_than_images_uses_every_image_once():
