@@ -118,6 +118,7 @@ STARTS: dict[str, V.Start] = {
     "quartimax 1": V.quartimax(1),
     "quartimax 3": V.quartimax(3),
     "quartimax 30": V.quartimax(30),
+    "varimax": V.varimax(10),
     "quartimax of cells": V.quartimax_of_cells(10),
     "varimax of cells": V.varimax_of_cells(10),
     "sparse cells": V.sparse_cells(),

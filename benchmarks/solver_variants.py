@@ -63,6 +63,11 @@ def quartimax(iterations: int) -> Start:
     return lambda maps: quartimax_start(maps.pooled_blocks, maps.pooled.shape[1], iterations, SingleProcess())
 
 
+def varimax(iterations: int) -> Start:
+    """Quartimax of the centred unit pooled features, less what the variances alone give."""
+    return lambda maps: _varimax(F.normalize(maps.pooled, dim=1), iterations)
+
+
 def quartimax_of_cells(iterations: int) -> Start:
     """The same on random cells in place of pooled features."""
 
@@ -74,19 +79,19 @@ def quartimax_of_cells(iterations: int) -> Start:
 
 
 def varimax_of_cells(iterations: int) -> Start:
-    """Largest summed kurtosis of centred random cells: quartimax less what the variances alone give."""
+    """The same of random cells."""
+    return lambda maps: _varimax(F.normalize(some_cells(maps), dim=1), iterations)
 
-    def start(maps: Maps) -> Tensor:
-        units = F.normalize(some_cells(maps), dim=1)
-        units -= units.mean(dim=0)
-        basis = torch.eye(units.shape[1])
-        for _ in range(iterations):
-            projected = units @ basis.T
-            gradient = (projected**3 - projected * projected.square().mean(dim=0)).T @ units
-            basis = polar_factor(gradient + 1e-6 * gradient.abs().max() * basis)
-        return basis
 
-    return start
+def _varimax(units: Tensor, iterations: int) -> Tensor:
+    """Largest summed kurtosis, each row turned so that its third moment is positive."""
+    units = units - units.mean(dim=0)
+    basis = torch.eye(units.shape[1])
+    for _ in range(iterations):
+        projected = units @ basis.T
+        gradient = (projected**3 - projected * projected.square().mean(dim=0)).T @ units
+        basis = polar_factor(gradient + 1e-6 * gradient.abs().max() * basis)
+    return torch.where(((units @ basis.T) ** 3).sum(dim=0) < 0, -1.0, 1.0)[:, None] * basis
 
 
 def pca(maps: Maps) -> Tensor:

@@ -17,7 +17,7 @@ from epic_ray.run_dir import RunDir
 from epic_ray.seal import Sealing, is_sealed
 from epic_ray.storage import StorageAway, patiently
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ROW_GROUP_SIZE = 16_384
 VECTOR = "vector"  # a type that depends on the model: float32 [channels] or [classes]
 BOX = pa.fixed_shape_tensor(pa.float32(), [4])
@@ -162,7 +162,9 @@ TABLES = {
             (
                 Column("round", pa.int32(), "round, from 1"),
                 Column("prototypes_per_channel", pa.int32(), "prototypes a channel was fitted on"),
-                Column("purity_start", pa.float64(), "mean purity of the round's prototypes before its update"),
+                Column(
+                    "purity_start", pa.float64(), "mean purity (weighted) of the round's prototypes before its update"
+                ),
                 Column("purity_end", pa.float64(), "mean purity of the same prototypes after it"),
                 Column(
                     "moved", pa.float64(), "mean over channels of 1 - |cosine| of U's row before and after the round"

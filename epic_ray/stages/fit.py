@@ -31,9 +31,11 @@ from epic_ray.method.solvers import (
     Reducer,
     RoundRecord,
     SingleProcess,
+    equal_weights,
     fit_adam,
     fit_procrustes,
     quartimax_start,
+    rank_weights,
 )
 from epic_ray.method.topk import TopN
 from epic_ray.run_dir import BASIS, RunDir, round_file
@@ -286,7 +288,8 @@ class _Worker:
         )
         try:
             if self.config.solver == "procrustes":
-                fit_procrustes(self.source, state, schedule, self.reducer, self._on_round)
+                weigh = rank_weights if self.config.weights == "rank" else equal_weights
+                fit_procrustes(self.source, state, schedule, self.reducer, self._on_round, weigh)
             else:
                 self._adam(state, schedule)
         except NonFiniteError as error:
