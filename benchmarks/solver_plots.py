@@ -1,13 +1,17 @@
 """The pictures of docs/solver.md, from the rows of benchmarks/solver_study.csv.
 
-python benchmarks/solver_plots.py
+python benchmarks/solver_plots.py [--tables]
+
+`--tables` prints the tables of docs/solver.md as well.
 """
 
 import csv
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+import bench
 import matplotlib
 
 matplotlib.use("Agg")
@@ -44,6 +48,24 @@ def main() -> None:
     draw_fits(rows)
     draw_numbers(rows)
     draw_rounds()
+    if "--tables" in sys.argv:
+        for split in ("held_out", "fitting"):
+            print(f"\n{split}\n\n{bench.table(table_rows(rows, split))}")
+
+
+def table_rows(rows: Purity, split: str) -> list[dict[str, str]]:
+    """For every variant and set the purity @5 and @20, mean over the partitions."""
+    found = []
+    for variant in dict.fromkeys(variant for _, variant in rows):
+        row = {"variant": variant}
+        for name, title in TITLES.items():
+            numbers = rows.get((name, variant), [])
+            values = [
+                f"{mean(number[f'{split}_{count}'] for number in numbers):.4f}"[1:] for count in (5, 20) if numbers
+            ]
+            row[title.split(chr(10))[0]] = " / ".join(values) + (f" ({len(numbers)})" if numbers else "")
+        found.append(row)
+    return found
 
 
 def read() -> Purity:
