@@ -20,7 +20,8 @@ from epic_ray.config import FitConfig
 from epic_ray.method.backbones import load_classifier
 from epic_ray.method.basis import orthogonality_error, polar_by_newton, polar_by_svd
 from epic_ray.method.schedule import prototypes_per_round
-from epic_ray.method.solvers import FitState, SingleProcess, fit_adam, fit_procrustes, quartimax_start
+from epic_ray.method.solvers import FitState, SingleProcess, fit_adam, fit_procrustes, rank_weights
+from epic_ray.method.starts import purest_start, varimax_start
 
 ALONE = SingleProcess()
 COUNTS = (5, 20)
@@ -87,13 +88,12 @@ def compare_solvers(fitting: Maps, held_out: Maps, runs: int) -> None:
 
 
 def by_defaults(maps: Maps) -> torch.Tensor:
-    """U as `epic-ray train` fits it where nothing is set."""
-    settings = FitConfig()
-    schedule = settings.prototypes_per_channel
+    """U as `epic-ray train` fits it where nothing is set: `start: auto`, `weights: rank`."""
+    schedule = FitConfig().prototypes_per_channel
     counts = prototypes_per_round(schedule.start, schedule.end, schedule.rounds, schedule.decay, schedule.exact_end)
-    start = torch.eye(maps.pooled.shape[1])
-    if settings.start == "quartimax":
-        start = quartimax_start(maps.pooled_blocks, len(start), 10, ALONE)
+    identity = torch.eye(maps.pooled.shape[1])
+    starts = [identity, varimax_start(maps.pooled_blocks, len(identity), 10, ALONE)]
+    start = starts[purest_start(maps, starts, schedule.start, ALONE, rank_weights)]
     return fit_procrustes(maps, FitState.begin(start), counts, ALONE, lambda state, record: None).basis
 
 

@@ -34,6 +34,8 @@ FITS = {
     "identity, n 100 to 20": "identity, 100 to 20, equal",
     "identity, n 100": "identity, 100, equal",
     "identity, n 100, root": "identity, 100, by rank",
+    "varimax, n 100, root": "varimax, 100, by rank",
+    "defaults": "auto, 100, by rank",
 }
 NUMBERS = ("n 5", "n 20", "n 50", "n 100", "n 200")
 

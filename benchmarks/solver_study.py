@@ -26,7 +26,7 @@ import torch
 from feature_maps import Maps, make_maps, split_images
 from PIL import Image
 from safetensors.torch import save_file
-from solver import by_adam
+from solver import by_adam, by_defaults
 from torch import Tensor
 
 from epic_ray.demo import DIGIT_PREPROCESSING, DigitNet
@@ -153,7 +153,7 @@ def fitted(start: str, shape: str, weights: V.Weights, maps: Maps, rounds: int =
 def all_variants() -> dict[str, Callable[[Maps], Tensor]]:
     """Every variant by its name: start, schedule, weights, what else."""
     found: dict[str, Callable[[Maps], Tensor]] = {f"start: {name}": start for name, start in STARTS.items()}
-    found["adam"] = by_adam
+    found |= {"adam": by_adam, "defaults": by_defaults}
     for start in ("identity", "quartimax"):
         for shape in SHAPES:
             found[f"{start}, {shape}"] = partial(fitted, start, shape, V.equal)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from epic_ray.method.basis import ica_basis, pca_basis, polar_factor, random_basis
 from epic_ray.method.peaks import find_peaks_grouped
-from epic_ray.method.solvers import SingleProcess, quartimax_start
+from epic_ray.method.solvers import SingleProcess
+from epic_ray.method.starts import quartimax_start, varimax_start
 
 Weights = Callable[[int], Tensor]
 Start = Callable[[Maps], Tensor]
@@ -64,8 +65,8 @@ def quartimax(iterations: int) -> Start:
 
 
 def varimax(iterations: int) -> Start:
-    """Quartimax of the centred unit pooled features, less what the variances alone give."""
-    return lambda maps: _varimax(F.normalize(maps.pooled, dim=1), iterations)
+    """The product's other one, of centred features."""
+    return lambda maps: varimax_start(maps.pooled_blocks, maps.pooled.shape[1], iterations, SingleProcess())
 
 
 def quartimax_of_cells(iterations: int) -> Start:
@@ -80,18 +81,12 @@ def quartimax_of_cells(iterations: int) -> Start:
 
 def varimax_of_cells(iterations: int) -> Start:
     """The same of random cells."""
-    return lambda maps: _varimax(F.normalize(some_cells(maps), dim=1), iterations)
 
+    def start(maps: Maps) -> Tensor:
+        cells = some_cells(maps)
+        return varimax_start(lambda: cells.split(8192), cells.shape[1], iterations, SingleProcess())
 
-def _varimax(units: Tensor, iterations: int) -> Tensor:
-    """Largest summed kurtosis, each row turned so that its third moment is positive."""
-    units = units - units.mean(dim=0)
-    basis = torch.eye(units.shape[1])
-    for _ in range(iterations):
-        projected = units @ basis.T
-        gradient = (projected**3 - projected * projected.square().mean(dim=0)).T @ units
-        basis = polar_factor(gradient + 1e-6 * gradient.abs().max() * basis)
-    return torch.where(((units @ basis.T) ** 3).sum(dim=0) < 0, -1.0, 1.0)[:, None] * basis
+    return start
 
 
 def pca(maps: Maps) -> Tensor:

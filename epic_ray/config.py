@@ -163,9 +163,10 @@ class FitConfig(Section):
 
     solver: Literal["procrustes", "adam"] = "procrustes"
     """procrustes: closed form, one polar factor a round; adam: the paper's gradient descent."""
-    start: Literal["identity", "quartimax"] = "identity"
-    """Basis of the first round: the classifier's own channels, or the rotation under which the pooled features are
-    sparsest, found from them alone (docs/solver.md compares)."""
+    start: Literal["auto", "identity", "varimax", "quartimax"] = "auto"
+    """Basis of the first round. identity: the classifier's own channels; varimax, quartimax: rotations under which the
+    pooled features are sparse, centred or as they are; auto: identity or varimax, whichever a few rounds of
+    `procrustes` on the fitting images make purer (docs/solver.md)."""
     seed: int = 42
     """Seed of everything random in the fit."""
     workers: Auto | Annotated[int, Field(ge=0)] | Annotated[list[Positive], Field(min_length=2, max_length=2)] = "auto"

@@ -1,4 +1,4 @@
-"""Fitting the orthogonal basis U: closed form, the paper's gradient descent, and a start.
+"""Fitting the orthogonal basis U: in closed form, and by the paper's gradient descent.
 
 N images, D channels, S = H W cells, P pairs (image, channel), n prototypes per channel.
 V (N,D) pooled features, z (D,) one cell, U (D,D) basis with rows u_k, M (D,D) peak directions with rows m_k.
@@ -33,13 +33,14 @@ __all__ = [
     "Reducer",
     "RoundRecord",
     "SingleProcess",
+    "demand_finite",
     "equal_weights",
     "fit_adam",
     "fit_procrustes",
     "ica_basis",
+    "nearest_basis",
     "pair_order",
     "pca_basis",
-    "quartimax_start",
     "random_basis",
     "rank_weights",
 ]
@@ -209,8 +210,8 @@ def fit_procrustes(
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
         directions, purity_start = _peak_directions(source, top, state.basis, reducer, weigh)
-        _demand_finite(directions, number, 0)
-        basis = _nearest_basis(directions + _PROXIMITY * state.basis, reducer)
+        demand_finite(directions, number, 0)
+        basis = nearest_basis(directions + _PROXIMITY * state.basis, reducer)
         purity_end = float((basis * directions).sum()) / len(basis)
         record = _record(number, top, (state.basis, basis), (purity_start, purity_end), steps=1)
         state = FitState(number + 1, basis, state.start)
@@ -271,7 +272,7 @@ def fit_adam(
                 optimizer.zero_grad()
                 loss = trained(source.pair_maps(images[own]), channels[own], reducer.world / len(images))
                 loss.backward()
-                _demand_finite(model.parameter.grad, number, steps)
+                demand_finite(model.parameter.grad, number, steps)
                 optimizer.step()
                 loss_sum += loss.detach()
                 steps += 1
@@ -351,14 +352,15 @@ def _peak_directions(
     return directions, float((basis * directions).sum()) / len(basis)
 
 
-def _nearest_basis(matrix: Float[Tensor, "d d"], reducer: Reducer) -> Float[Tensor, "d d"]:
+def nearest_basis(matrix: Float[Tensor, "d d"], reducer: Reducer) -> Float[Tensor, "d d"]:
     """The polar factor, from rank 0: decompositions on different machines may differ in the last bit."""
     basis = polar_factor(matrix) if reducer.rank == 0 else torch.empty_like(matrix)
     reducer.broadcast_(basis)
     return basis
 
 
-def _demand_finite(tensor: Tensor | None, number: int, step: int) -> None:
+def demand_finite(tensor: Tensor | None, number: int, step: int) -> None:
+    """Raises NonFiniteError unless all of the tensor is finite; names the round and the step."""
     if tensor is None or not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"the update of the basis is not finite; round {number}, step {step}")
 
@@ -383,37 +385,3 @@ def _record(
         loss=loss,
         moved=float((1 - (before * after).sum(dim=1).abs()).mean()),
     )
-
-
-def quartimax_start(
-    blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]],
-    d: int,
-    iterations: int,
-    reducer: Reducer,
-    *,
-    device: torch.device | str = "cpu",
-) -> Float[Tensor, "d d"]:
-    """A start from pooled features alone: the rotation under which they are sparse (no image is read).
-
-    Maximises sum (u_k.x)^4 over unit-norm pooled features x by U <- polar((U X)^3 X^T), the cube entry by entry,
-    from U = I (l4 maximisation: Zhai et al., JMLR 21, 2020; as a start of EPIC: ours).
-
-    Args:
-        blocks: gives this worker's pooled features anew, in blocks, for each iteration.
-        d: channels.
-        iterations: updates of U; 0 gives the identity.
-        reducer: who else takes part; only a (d, d) matrix is summed.
-        device: where to compute.
-    """
-    basis = torch.eye(d, device=device)
-    for step in range(iterations):
-        total = torch.zeros_like(basis, dtype=torch.float64)  # as in `_peak_directions`: no matter who holds what
-        for pooled_ND in blocks():
-            units_ND = nn.functional.normalize(pooled_ND.to(basis), dim=1)
-            total += (units_ND @ basis.T).pow(3).T @ units_ND
-        reducer.sum_(total)
-        total = total.to(basis.dtype)
-        _demand_finite(total, 0, step)
-        # Holds directions that no image has; tiny, as the singular values of `total` span many orders.
-        basis = _nearest_basis(total + 1e-6 * total.abs().max() * basis, reducer)
-    return basis

@@ -1,9 +1,11 @@
-"""A source of feature maps held in memory, for the tests of the solvers."""
+"""Feature maps held in memory, for the tests of the solvers and of their starts."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epic_ray.method import topk
+from epic_ray.method.basis import random_basis
+from epic_ray.method.peaks import find_peaks
 
 
 class ArraySource:
@@ -33,3 +35,28 @@ class ArraySource:
     def pair_maps(self, image_indices: Tensor) -> Tensor:
         """The cells of these images."""
         return self.maps[image_indices]
+
+
+def rectified_maps(n=60, s=9, d=6, seed=0):
+    """Feature maps as a network's last ReLU leaves them: sparse, non-negative."""
+    return torch.randn(n, s, d, generator=torch.Generator().manual_seed(seed)).relu()
+
+
+def mixed_concepts(n=300, s=9, d=8, seed=0):
+    """Images in which each cell shows one of d concepts, seen through a rotation of the channels; and it."""
+    generator = torch.Generator().manual_seed(seed)
+    shown = torch.randint(0, d, (n, s), generator=generator)
+    strength = 1 + torch.rand(n, s, 1, generator=generator)
+    concepts = nn.functional.one_hot(shown, d) * strength
+    rotation = random_basis(d, seed + 1)
+    noise = 0.02 * torch.randn(n, s, d, generator=generator)
+    return concepts @ rotation + noise, rotation
+
+
+def mean_purity(maps, basis, n, weights=None):
+    """Mean purity of every channel's n prototypes, by the definition; weighted by rank where weights are given."""
+    top = topk.search([(torch.arange(len(maps)), maps.mean(dim=1))], basis, n)
+    channels = torch.arange(len(basis)).repeat_interleave(n)
+    purity = find_peaks(maps[top.indices.flatten()], channels, basis).purity.view(-1, n).double().mean(dim=0)
+    weights = torch.ones(n) if weights is None else weights
+    return ((purity * weights).sum() / weights.sum()).item()

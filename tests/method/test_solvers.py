@@ -1,8 +1,7 @@
-"""Fits: the closed form, the paper's gradient descent, resuming, several workers, starts."""
+"""Fits: the closed form, the paper's gradient descent, resuming, several workers."""
 
 import copy
 import datetime
-import itertools
 import socket
 import threading
 
@@ -12,12 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sources import ArraySource
+from sources import ArraySource, mean_purity, mixed_concepts, rectified_maps
 from torch import nn
 
 from epic_ray.method import solvers
 from epic_ray.method.basis import orthogonality_error, polar_factor, random_basis
-from epic_ray.method.peaks import find_peaks
 from epic_ray.method.schedule import prototypes_per_round
 from epic_ray.method.solvers import (
     FitState,
@@ -29,26 +27,9 @@ from epic_ray.method.solvers import (
     pair_order,
     rank_weights,
 )
-from epic_ray.method.topk import search
 
 ALONE = SingleProcess()
 ADAM = {"seed": 7, "batch_size": 16}
-
-
-def rectified_maps(n=60, s=9, d=6, seed=0):
-    """Feature maps as a network's last ReLU leaves them: sparse, non-negative."""
-    return torch.randn(n, s, d, generator=torch.Generator().manual_seed(seed)).relu()
-
-
-def mixed_concepts(n=300, s=9, d=8, seed=0):
-    """Images in which each cell shows one of d concepts, seen through a rotation of the channels; and it."""
-    generator = torch.Generator().manual_seed(seed)
-    shown = torch.randint(0, d, (n, s), generator=generator)
-    strength = 1 + torch.rand(n, s, 1, generator=generator)
-    concepts = nn.functional.one_hot(shown, d) * strength
-    rotation = random_basis(d, seed + 1)
-    noise = 0.02 * torch.randn(n, s, d, generator=generator)
-    return concepts @ rotation + noise, rotation
 
 
 def fit(solver, maps, schedule, start=None, state=None, **options):
@@ -59,15 +40,6 @@ def fit(solver, maps, schedule, start=None, state=None, **options):
         ArraySource(maps), state, schedule, ALONE, lambda s, r: rounds.append((copy.deepcopy(s), r)), **options
     )
     return end, rounds
-
-
-def mean_purity(maps, basis, n, weights=None):
-    """Mean purity of every channel's n prototypes, by the definition; weighted by rank where weights are given."""
-    top = search([(torch.arange(len(maps)), maps.mean(dim=1))], basis, n)
-    channels = torch.arange(len(basis)).repeat_interleave(n)
-    purity = find_peaks(maps[top.indices.flatten()], channels, basis).purity.view(-1, n).double().mean(dim=0)
-    weights = torch.ones(n) if weights is None else weights
-    return ((purity * weights).sum() / weights.sum()).item()
 
 
 # The closed form
@@ -364,50 +336,6 @@ def test_several_workers_without_averaged_gradients_are_refused():
     reducer = Together(0, 2, {})
     with pytest.raises(ValueError, match="wrap"):
         fit_adam(ArraySource(rectified_maps()), FitState.begin(torch.eye(6)), [4], reducer, lambda s, r: None, seed=0)
-
-
-# Starts
-
-
-def quartimax_objective(basis, pooled):
-    return nn.functional.normalize(pooled, dim=1).matmul(basis.T).pow(4).sum().item()
-
-
-def start_from(pooled, iterations, rows=50):
-    return solvers.quartimax_start(lambda: pooled.split(rows), pooled.shape[1], iterations, ALONE)
-
-
-@given(seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=20)
-def test_every_quartimax_iteration_raises_the_fourth_moments(seed):
-    pooled = rectified_maps(n=80, s=2, d=7, seed=seed).mean(dim=1)
-    reached = [quartimax_objective(start_from(pooled, iterations), pooled) for iterations in range(6)]
-    assert all(after >= before - 1e-5 for before, after in itertools.pairwise(reached))
-    assert reached[-1] > reached[0]
-
-
-def test_quartimax_undoes_a_rotation_of_sparse_features():
-    generator = torch.Generator().manual_seed(0)
-    sparse = torch.randn(2000, 6, generator=generator) * (torch.rand(2000, 6, generator=generator) < 0.2)
-    rotation = random_basis(6, seed=4)
-    cosines = (start_from(sparse @ rotation, 40) @ rotation.T).abs()
-    assert sorted(cosines.argmax(dim=1).tolist()) == list(range(6))
-    assert (cosines.max(dim=1).values > 0.99).all()
-
-
-def test_quartimax_does_not_depend_on_the_blocks_and_starts_at_the_identity():
-    pooled = rectified_maps(n=80).mean(dim=1)
-    assert torch.equal(start_from(pooled, 0), torch.eye(6))
-    torch.testing.assert_close(start_from(pooled, 5, rows=80), start_from(pooled, 5, rows=7), rtol=0, atol=1e-4)
-
-
-def test_quartimax_keeps_channels_that_no_image_has():
-    pooled = rectified_maps(n=80).mean(dim=1)
-    dead = [2, 4]
-    pooled[:, dead] = 0
-    basis = start_from(pooled, 10)
-    assert orthogonality_error(basis) < 1e-6
-    torch.testing.assert_close(basis[dead][:, dead], torch.eye(2), rtol=0, atol=1e-4)
 
 
 def test_the_closed_form_beats_a_random_step_of_the_same_size():

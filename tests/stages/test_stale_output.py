@@ -146,7 +146,7 @@ def test_a_refused_start_keeps_no_old_record_beside_new_settings(few, tmp_path):
     with pytest.raises(ClusterError, match="99 actor"):
         train(other, force=True)
     assert run_dir.exists(RUN)
-    assert pipeline.read_config(run_dir).fit.start == "identity"
+    assert pipeline.read_config(run_dir).fit.start == "auto"
 
 
 def test_torn_or_lost_features_are_made_again_not_left_out(few, tmp_path):
