@@ -61,15 +61,15 @@ def make_maps(classifier: SplitClassifier, images: Iterable[bytes], path: Path) 
 
 @dataclass
 class Maps:
-    """The maps (N, S, D) of one split, mapped from their file, as a source for the solvers."""
+    """The maps (N, S, D) of one split in memory, as a source for the solvers."""
 
     maps: np.ndarray
     pooled: Tensor
 
     @classmethod
-    def open(cls, path: Path, rows: slice = slice(None)) -> "Maps":
-        """Those of some rows of a file that `make_maps` wrote."""
-        maps = np.load(path, mmap_mode="r")[rows]
+    def open(cls, path: Path) -> "Maps":
+        """Those of a file that `make_maps` wrote, read into memory."""
+        maps = np.load(path)
         pooled = np.concatenate([maps[start : start + 256].mean(axis=1) for start in range(0, len(maps), 256)])
         return cls(maps, torch.from_numpy(pooled))
 
