@@ -106,8 +106,9 @@ def draw_fits(rows: Purity) -> None:
 
 def draw_numbers(rows: Purity) -> None:
     """Held-out and fitting purity against n, all prototypes equal or weighted by rank."""
-    figure, axes = plt.subplots(1, len(TITLES), figsize=(12, 2.7))
-    for axis, (name, title) in zip(axes, TITLES.items(), strict=True):
+    names = [name for name in TITLES if sum((name, f"identity, {number}") in rows for number in NUMBERS) > 2]
+    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 3.1 * len(names), 3.1))
+    for axis, name in zip(axes, names, strict=True):
         for suffix, style in (("", "--"), (", root", "-")):
             for split, colour in (("fitting", FITTING), ("held_out", HELD_OUT)):
                 points = []
@@ -121,7 +122,7 @@ def draw_numbers(rows: Purity) -> None:
         axis.set_xscale("log")
         axis.set_xticks([5, 20, 50, 100, 200], ["5", "20", "50", "100", "200"])
         axis.minorticks_off()
-        axis.set_title(title, fontsize=9)
+        axis.set_title(TITLES[name], fontsize=9)
         axis.set_xlabel("n in all 10 rounds")
         axis.grid(color=GREY, linewidth=0.6)
     axes[0].set_ylabel("mean of purity@5 and @20")
@@ -139,23 +140,25 @@ def draw_rounds() -> None:
         for row in csv.DictReader(file):
             found[row["set"], row["variant"]].append(row)
     names = [name for name in TITLES if any(key[0] == name for key in found)]
-    figure, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.7), squeeze=False)
-    styles = {"quartimax, n 100 to 20": ":", "identity, n 100": "--", "identity, n 100, root": "-"}
+    figure, axes = plt.subplots(1, len(names), figsize=(1.5 + 3.1 * len(names), 3.1), squeeze=False)
+    styles = {"quartimax, n 100 to 20": ":", "varimax, n 100, root": "--", "identity, n 100, root": "-"}
     for axis, name in zip(axes[0], names, strict=True):
         for variant, style in styles.items():
             rows = found.get((name, variant), [])
             for split, colour in (("fitting", FITTING), ("held_out", HELD_OUT)):
                 values = [float(row[f"{split}_20"]) for row in rows]
                 axis.plot([int(row["round"]) for row in rows], values, style, color=colour)
+        shown = [float(row["held_out_20"]) for variant in styles for row in found.get((name, variant), [])[2:]]
+        axis.set_ylim(bottom=min(shown) - 0.01)  # the rotations begin far below
         axis.set_title(TITLES[name], fontsize=9)
         axis.set_xlabel("rounds")
         axis.grid(color=GREY, linewidth=0.6)
     axes[0, 0].set_ylabel("purity@20")
     lines = [plt.Line2D([], [], color=colour) for colour in (FITTING, HELD_OUT)]
     lines += [plt.Line2D([], [], color="black", linestyle=style) for style in styles.values()]
-    labels = ["fitting", "held out", "quartimax, 100 to 20", "identity, 100, equal", "identity, 100, by rank"]
-    figure.legend(lines, labels, loc="lower center", frameon=False, ncols=5)
-    save(figure, "solver-rounds.png", bottom=0.1)
+    labels = ["fitting", "held out", "quartimax, 100 to 20, equal", "varimax, 100, by rank", "identity, 100, by rank"]
+    figure.legend(lines, labels, loc="lower center", frameon=False, ncols=5 if len(names) > 2 else 3)
+    save(figure, "solver-rounds.png", bottom=0.13)
 
 
 def save(figure: plt.Figure, name: str, bottom: float = 0.0) -> None:

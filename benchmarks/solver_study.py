@@ -139,7 +139,7 @@ OTHERS = {
 }
 TRACED = {
     "quartimax, n 100 to 20": ("quartimax", "n 100 to 20", V.equal, 1),
-    "identity, n 100": ("identity", "n 100", V.equal, 3),
+    "varimax, n 100, root": ("varimax", "n 100", V.root, 3),
     "identity, n 100, root": ("identity", "n 100", V.root, 3),
 }
 
