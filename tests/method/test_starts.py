@@ -62,6 +62,15 @@ def test_varimax_finds_sparse_features_under_a_large_mean_with_their_signs():
     assert (start_from(pooled, 40) @ rotation.T).abs().max(dim=1).values.min() < 0.5  # quartimax follows the mean
 
 
+def test_varimax_ends_where_no_small_rotation_raises_the_variance_of_the_squares():
+    pooled = (rectified_maps(n=500, s=1, d=5)[:, 0] + 0.2) * torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    basis = start_from(pooled, 100, rotate=starts.varimax_start).double().requires_grad_()
+    units = nn.functional.normalize(pooled, dim=1).double()
+    ((units - units.mean(dim=0)) @ basis.T).square().var(dim=0, correction=0).sum().backward()
+    tangent = basis.grad @ basis.detach().T  # symmetric at a stationary point on the orthogonal matrices
+    assert (tangent - tangent.T).abs().max() < 1e-3 * tangent.abs().max()
+
+
 @both
 def test_a_rotation_does_not_depend_on_the_blocks_and_starts_at_the_identity(rotate):
     pooled = rectified_maps(n=80).mean(dim=1)
