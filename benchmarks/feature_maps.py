@@ -18,7 +18,7 @@ from epic_ray.method.peaks import find_peaks_grouped
 from epic_ray.method.preprocessing import decode_image
 
 BATCH = 64
-BLOCK_BYTES = 128 * 2**20
+BLOCK_BYTES = 8 * 2**20
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 

@@ -48,8 +48,9 @@ __all__ = [
 # Weight of the current U beside M: far below the singular values that matter, enough to hold a direction about
 # which no prototype says anything.
 _PROXIMITY = 1e-3
-# Pairs whose peak vectors are gathered at once.
-_PAIR_ROWS = 8192
+# Peak vectors gathered at once: small enough for the allocator to use the same memory again, where a large array is
+# mapped anew, page by page, each time (a third of a fit, and far more on a machine short of memory).
+_PAIR_BYTES = 2**23
 
 Weights = Callable[[int], Float[Tensor, "n"]]
 MapBlock = tuple[Float[Tensor, "_ s d"], Int[Tensor, "_"], Int[Tensor, "_"], Int[Tensor, "_"]]
@@ -338,11 +339,12 @@ def _peak_directions(
     # float64: the sum may not depend on how the images are shared out, and U answers to its last bits
     sums, total = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
     rank_weights = weigh(top.indices.shape[1]).to(total)
+    pair_rows = max(1, _PAIR_BYTES // sums[:1].nbytes)
     for maps_BSD, image_slots, channels, ranks in source.blocks(top):
         peaks = find_peaks_grouped(maps_BSD, image_slots, channels, basis)
         weights = rank_weights[ranks]
         total.index_add_(0, channels, weights)
-        for rows in torch.arange(len(channels), device=channels.device).split(_PAIR_ROWS):
+        for rows in torch.arange(len(channels), device=channels.device).split(pair_rows):
             part = Peaks(peaks.cells[rows], peaks.purity[rows], peaks.value[rows])
             units_PD = unit_peak_vectors(maps_BSD, image_slots[rows], part).double()
             sums.index_add_(0, channels[rows], units_PD.mul_(weights[rows].unsqueeze(1)))
