@@ -133,7 +133,7 @@ class PrototypeScheduleConfig(Section):
 
     start: Positive = 100
     """Prototypes per channel of the first round."""
-    end: Positive = 20
+    end: Positive = 100
     """Prototypes per channel that the rounds come down to."""
     rounds: Positive = 10
     """Rounds of search and update."""
@@ -145,7 +145,9 @@ class PrototypeScheduleConfig(Section):
     @model_validator(mode="after")
     def _falls(self) -> Self:
         if self.end > self.start:
-            raise ValueError(f"end ({self.end}) is above start ({self.start}): the number of prototypes falls")
+            raise ValueError(
+                f"end ({self.end}) is above start ({self.start}): the number of prototypes falls; give both"
+            )
         return self
 
 
@@ -167,9 +169,10 @@ class FitConfig(Section):
 
     solver: Literal["procrustes", "adam"] = "procrustes"
     """procrustes: closed form, one polar factor a round; adam: the paper's gradient descent."""
-    start: Literal["identity", "quartimax"] = "quartimax"
-    """Basis of the first round; quartimax: the rotation under which the pooled features are sparsest, found from them
-    alone (docs/epic.md shows what it gains). The paper starts from the identity."""
+    start: Literal["auto", "identity", "varimax", "quartimax"] = "auto"
+    """Basis of the first round. identity: the classifier's own channels; varimax, quartimax: rotations under which the
+    pooled features are sparse, centred or as they are; auto: identity or varimax, whichever a few rounds of
+    `procrustes` on the fitting images make purer (docs/solver.md)."""
     seed: int = 42
     """Seed of everything random in the fit."""
     workers: Auto | Annotated[int, Field(ge=0)] | Annotated[list[Positive], Field(min_length=2, max_length=2)] = "auto"
@@ -177,6 +180,8 @@ class FitConfig(Section):
     as there is room for, more or fewer as machines come and go. Another number changes U by rounding alone."""
     prototypes_per_channel: PrototypeScheduleConfig = PrototypeScheduleConfig()
     """How many prototypes each round fits on."""
+    weights: Literal["rank", "equal"] = "rank"
+    """How much each of a channel's prototypes counts in `procrustes`; rank: 1/sqrt(r) for the r-th strongest."""
     adam: AdamConfig = AdamConfig()
     """Settings of `solver: adam`."""
 

@@ -258,6 +258,7 @@ def _fit(run: Run, resources: Resources, passed: features.FeaturePass, made_from
         "bytes": size_bytes,
         "basis_sha256": hashlib.sha256(tensors).hexdigest(),
         "orthogonality_error": error,
+        "start": result.start,
         "peak_memory_bytes": result.peak_memory_bytes,
     }
 

@@ -163,7 +163,9 @@ TABLES = {
             (
                 Column("round", pa.int32(), "round, from 1"),
                 Column("prototypes_per_channel", pa.int32(), "prototypes a channel was fitted on"),
-                Column("purity_start", pa.float64(), "mean purity of the round's prototypes before its update"),
+                Column(
+                    "purity_start", pa.float64(), "mean purity (weighted) of the round's prototypes before its update"
+                ),
                 Column("purity_end", pa.float64(), "mean purity of the same prototypes after it"),
                 Column(
                     "moved", pa.float64(), "mean over channels of 1 - |cosine| of U's row before and after the round"

@@ -79,7 +79,9 @@ def test_contradictions_are_told_together_with_wrong_values():
     )
     assert lines[0] == "run.yaml: 3 wrong setting(s)"
     assert "  data.splits: has no `train`, the split that is fitted on; add it" in lines
-    assert "  fit.prototypes_per_channel: end (6) is above start (5): the number of prototypes falls" in lines
+    assert (
+        "  fit.prototypes_per_channel: end (6) is above start (5): the number of prototypes falls; give both" in lines
+    )
 
 
 @pytest.mark.parametrize(

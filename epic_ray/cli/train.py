@@ -34,7 +34,7 @@ data:
   format: auto                # auto | imagefolder | parquet | webdataset | csv
   splits: {train: train, val: val}    # each split's folder, file, or pattern such as data/train-*.parquet
   max_failed_fraction: 0.01
-fit: {solver: procrustes, start: quartimax, seed: 42}
+fit: {solver: procrustes, start: auto, seed: 42}
 prototypes: {per_channel: 5}
 explain: {channels_per_image: 4, pictures: 20}
 resources: {feature_actors: auto, batch_size: 64}

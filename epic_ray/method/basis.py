@@ -12,6 +12,9 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+# Inverses after which Newton's iteration is given up; 12 are never needed.
+_MOST_INVERSES = 30
+
 
 def rotate(maps: Float[Tensor, "b d h w"], basis: Float[Tensor, "d d"]) -> Float[Tensor, "b d h w"]:
     """Feature maps in the new channels: U z at every cell (EPIC, arXiv 2505.12897, sec. 3)."""
@@ -38,19 +41,53 @@ def orthogonality_error(basis: Float[Tensor, "d d"]) -> float:
 def polar_factor(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The orthogonal matrix nearest to `matrix`: P Q^T from its singular value decomposition P S Q^T.
 
-    It maximises tr(U M^T) over orthogonal U (the orthogonal Procrustes problem, Schoenemann 1966). One
-    Newton-Schulz step in float64 takes the rounding of the decomposition off, so that the orthogonality error
-    stays below 1e-6 at D = 2048. Directions of singular value 0 are completed arbitrarily.
+    It maximises tr(U M^T) over orthogonal U (the orthogonal Procrustes problem, Schoenemann 1966). Its orthogonality
+    error stays below 1e-6 at D = 2048. On a CPU by `polar_by_svd`, on a GPU by `polar_by_newton`: each is the faster
+    there (docs/solver.md). Directions of singular value 0 are completed arbitrarily.
 
     Raises:
         ValueError: `matrix` has entries that are not finite.
     """
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError("polar_factor: the matrix has entries that are not finite")
+    factor = polar_by_newton(matrix) if matrix.is_cuda else None
+    return polar_by_svd(matrix) if factor is None else factor
+
+
+def polar_by_svd(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """`polar_factor` by decomposition, in the precision of `matrix`; one step in float64 takes its rounding off."""
     left, _, right = torch.linalg.svd(matrix)
-    factor = (left @ right).double()
-    refined = 1.5 * factor - 0.5 * factor @ (factor.T @ factor)
-    return refined.to(matrix.dtype)
+    return _nearer_to_orthogonal((left @ right).double()).to(matrix.dtype)
+
+
+def polar_by_newton(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | None:
+    """`polar_factor` by Newton's iteration X <- (s X + X^-T / s) / 2, all of it in float64.
+
+    The scale s brings the norms of X and X^-T together, so that 7 to 10 inverses do for any condition number up to
+    1e12 (Higham, SIAM J. Sci. Stat. Comput. 7, 1986). None for a matrix that is singular to working precision.
+    """
+    factor = matrix.double()
+    for _ in range(_MOST_INVERSES):
+        inverse, _ = torch.linalg.inv_ex(factor.T)
+        if not bool(torch.isfinite(inverse).all()):
+            return None
+        scale = ((_extent(inverse)) / _extent(factor)).sqrt()
+        nearer = (scale * factor + inverse / scale) / 2
+        moved, factor = float((nearer - factor).norm()), nearer
+        if moved < 1e-2:
+            return _nearer_to_orthogonal(_nearer_to_orthogonal(factor)).to(matrix.dtype)
+    return None
+
+
+def _extent(matrix: Tensor) -> Tensor:
+    """Between the spectral norm and sqrt(d) times it: the geometric mean of the largest row and column sums."""
+    sums = matrix.abs()
+    return (sums.sum(dim=0).max() * sums.sum(dim=1).max()).sqrt()
+
+
+def _nearer_to_orthogonal(factor: Tensor) -> Tensor:
+    """One step of Newton and Schulz, which squares a small orthogonality error."""
+    return 1.5 * factor - 0.5 * factor @ (factor.T @ factor)
 
 
 def orthogonal_from_skew(parameter: Float[Tensor, "d d"], start: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

@@ -1,4 +1,4 @@
-"""Fitting the orthogonal basis U: closed form, the paper's gradient descent, and a start.
+"""Fitting the orthogonal basis U: in closed form, and by the paper's gradient descent.
 
 N images, D channels, S = H W cells, P pairs (image, channel), n prototypes per channel.
 V (N,D) pooled features, z (D,) one cell, U (D,D) basis with rows u_k, M (D,D) peak directions with rows m_k.
@@ -33,22 +33,27 @@ __all__ = [
     "Reducer",
     "RoundRecord",
     "SingleProcess",
+    "demand_finite",
+    "equal_weights",
     "fit_adam",
     "fit_procrustes",
     "ica_basis",
+    "nearest_basis",
     "pair_order",
     "pca_basis",
-    "quartimax_start",
     "random_basis",
+    "rank_weights",
 ]
 
 # Weight of the current U beside M: far below the singular values that matter, enough to hold a direction about
 # which no prototype says anything.
 _PROXIMITY = 1e-3
-# Pairs whose peak vectors are gathered at once.
-_PAIR_ROWS = 8192
+# Peak vectors gathered at once: small enough for the allocator to use the same memory again, where a large array is
+# mapped anew, page by page, each time (a third of a fit, and far more on a machine short of memory).
+_PAIR_BYTES = 2**23
 
-MapBlock = tuple[Float[Tensor, "_ s d"], Int[Tensor, "_"], Int[Tensor, "_"]]
+Weights = Callable[[int], Float[Tensor, "n"]]
+MapBlock = tuple[Float[Tensor, "_ s d"], Int[Tensor, "_"], Int[Tensor, "_"], Int[Tensor, "_"]]
 
 
 class NonFiniteError(ArithmeticError):
@@ -64,7 +69,10 @@ class MapSource(Protocol):
         ...
 
     def blocks(self, top: TopN) -> Iterable[MapBlock]:
-        """This worker's share of the pairs of `top`: maps, and per pair its row among them and its channel."""
+        """This worker's share of the pairs of `top`: maps, and per pair its row among them, its channel and its rank.
+
+        Ranks count from 0, the channel's strongest image.
+        """
         ...
 
 
@@ -165,12 +173,23 @@ class FitState:
 OnRound = Callable[[FitState, RoundRecord], None]
 
 
+def rank_weights(n: int) -> Float[Tensor, "n"]:
+    """Weights 1 / sqrt(r) of the ranks r = 1 .. n: the strongest images count most, and none comes in at a stroke."""
+    return torch.arange(1, n + 1, dtype=torch.float64).rsqrt()
+
+
+def equal_weights(n: int) -> Float[Tensor, "n"]:
+    """The same weight for every prototype."""
+    return torch.ones(n, dtype=torch.float64)
+
+
 def fit_procrustes(
     source: MapSource,
     state: FitState,
     schedule: Sequence[int],
     reducer: Reducer,
     on_round: OnRound,
+    weigh: Weights = rank_weights,
 ) -> FitState:
     """Fit U in closed form: each round sets U to the orthogonal matrix nearest to M + 0.001 U (ours).
 
@@ -184,15 +203,16 @@ def fit_procrustes(
         schedule: prototypes per channel of each round, of all rounds, also those done.
         reducer: who else takes part.
         on_round: called after each round with the state to resume from and the round's record.
+        weigh: weights of a channel's prototypes by rank, of any scale, for their number n.
 
     Raises:
         NonFiniteError: a feature map is not finite.
     """
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        directions, purity_start = _peak_directions(source, top, state.basis, reducer)
-        _demand_finite(directions, number, 0)
-        basis = _nearest_basis(directions + _PROXIMITY * state.basis, reducer)
+        directions, purity_start = _peak_directions(source, top, state.basis, reducer, weigh)
+        demand_finite(directions, number, 0)
+        basis = nearest_basis(directions + _PROXIMITY * state.basis, reducer)
         purity_end = float((basis * directions).sum()) / len(basis)
         record = _record(number, top, (state.basis, basis), (purity_start, purity_end), steps=1)
         state = FitState(number + 1, basis, state.start)
@@ -244,7 +264,7 @@ def fit_adam(
 
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        _, purity_start = _peak_directions(source, top, state.basis, reducer)
+        _, purity_start = _peak_directions(source, top, state.basis, reducer, equal_weights)
         steps, loss_sum = 0, state.basis.new_zeros(1)
         for epoch in range(epochs_per_round):
             loss_sum.zero_()
@@ -253,13 +273,13 @@ def fit_adam(
                 optimizer.zero_grad()
                 loss = trained(source.pair_maps(images[own]), channels[own], reducer.world / len(images))
                 loss.backward()
-                _demand_finite(model.parameter.grad, number, steps)
+                demand_finite(model.parameter.grad, number, steps)
                 optimizer.step()
                 loss_sum += loss.detach()
                 steps += 1
         reducer.sum_(loss_sum)
         basis = model.basis()
-        _, purity_end = _peak_directions(source, top, basis, reducer)
+        _, purity_end = _peak_directions(source, top, basis, reducer, equal_weights)
         loss_mean = float(loss_sum) * epochs_per_round / (steps * reducer.world)
         record = _record(number, top, (state.basis, basis), (purity_start, purity_end), steps=steps, loss=loss_mean)
         parameter = model.parameter.detach().clone()
@@ -313,31 +333,36 @@ def _batches(
 
 
 def _peak_directions(
-    source: MapSource, top: TopN, basis: Tensor, reducer: Reducer
+    source: MapSource, top: TopN, basis: Tensor, reducer: Reducer, weigh: Weights
 ) -> tuple[Float[Tensor, "d d"], float]:
-    """M, row k the mean of z / |z| at the peaks of channel k's prototypes, and the mean purity tr(U M^T) / D."""
+    """M, row k the weighted mean of z / |z| at the peaks of channel k's prototypes, and the purity tr(U M^T) / D."""
     # float64: the sum may not depend on how the images are shared out, and U answers to its last bits
-    sums, counts = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
-    for maps_BSD, image_slots, channels in source.blocks(top):
+    sums, total = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
+    rank_weights = weigh(top.indices.shape[1]).to(total)
+    pair_rows = max(1, _PAIR_BYTES // sums[:1].nbytes)
+    for maps_BSD, image_slots, channels, ranks in source.blocks(top):
         peaks = find_peaks_grouped(maps_BSD, image_slots, channels, basis)
-        counts += torch.bincount(channels, minlength=len(basis))
-        for rows in torch.arange(len(channels), device=channels.device).split(_PAIR_ROWS):
+        weights = rank_weights[ranks]
+        total.index_add_(0, channels, weights)
+        for rows in torch.arange(len(channels), device=channels.device).split(pair_rows):
             part = Peaks(peaks.cells[rows], peaks.purity[rows], peaks.value[rows])
-            sums.index_add_(0, channels[rows], unit_peak_vectors(maps_BSD, image_slots[rows], part).double())
+            units_PD = unit_peak_vectors(maps_BSD, image_slots[rows], part).double()
+            sums.index_add_(0, channels[rows], units_PD.mul_(weights[rows].unsqueeze(1)))
     reducer.sum_(sums)
-    reducer.sum_(counts)
-    directions = (sums / counts.clamp(min=1).unsqueeze(1)).to(basis.dtype)
+    reducer.sum_(total)
+    directions = (sums / torch.where(total == 0, 1.0, total).unsqueeze(1)).to(basis.dtype)
     return directions, float((basis * directions).sum()) / len(basis)
 
 
-def _nearest_basis(matrix: Float[Tensor, "d d"], reducer: Reducer) -> Float[Tensor, "d d"]:
+def nearest_basis(matrix: Float[Tensor, "d d"], reducer: Reducer) -> Float[Tensor, "d d"]:
     """The polar factor, from rank 0: decompositions on different machines may differ in the last bit."""
     basis = polar_factor(matrix) if reducer.rank == 0 else torch.empty_like(matrix)
     reducer.broadcast_(basis)
     return basis
 
 
-def _demand_finite(tensor: Tensor | None, number: int, step: int) -> None:
+def demand_finite(tensor: Tensor | None, number: int, step: int) -> None:
+    """Raises NonFiniteError unless all of the tensor is finite; names the round and the step."""
     if tensor is None or not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"the update of the basis is not finite; round {number}, step {step}")
 
@@ -362,37 +387,3 @@ def _record(
         loss=loss,
         moved=float((1 - (before * after).sum(dim=1).abs()).mean()),
     )
-
-
-def quartimax_start(
-    blocks: Callable[[], Iterable[Float[Tensor, "_ d"]]],
-    d: int,
-    iterations: int,
-    reducer: Reducer,
-    *,
-    device: torch.device | str = "cpu",
-) -> Float[Tensor, "d d"]:
-    """A start from pooled features alone: the rotation under which they are sparse (no image is read).
-
-    Maximises sum (u_k.x)^4 over unit-norm pooled features x by U <- polar((U X)^3 X^T), the cube entry by entry,
-    from U = I (l4 maximisation: Zhai et al., JMLR 21, 2020; as a start of EPIC: ours).
-
-    Args:
-        blocks: gives this worker's pooled features anew, in blocks, for each iteration.
-        d: channels.
-        iterations: updates of U; 0 gives the identity.
-        reducer: who else takes part; only a (d, d) matrix is summed.
-        device: where to compute.
-    """
-    basis = torch.eye(d, device=device)
-    for step in range(iterations):
-        total = torch.zeros_like(basis, dtype=torch.float64)  # as in `_peak_directions`: no matter who holds what
-        for pooled_ND in blocks():
-            units_ND = nn.functional.normalize(pooled_ND.to(basis), dim=1)
-            total += (units_ND @ basis.T).pow(3).T @ units_ND
-        reducer.sum_(total)
-        total = total.to(basis.dtype)
-        _demand_finite(total, 0, step)
-        # Holds directions that no image has; tiny, as the singular values of `total` span many orders.
-        basis = _nearest_basis(total + 1e-6 * total.abs().max() * basis, reducer)
-    return basis

@@ -32,10 +32,13 @@ from epic_ray.method.solvers import (
     Reducer,
     RoundRecord,
     SingleProcess,
+    Weights,
+    equal_weights,
     fit_adam,
     fit_procrustes,
-    quartimax_start,
+    rank_weights,
 )
+from epic_ray.method.starts import purest_start, quartimax_start, varimax_start
 from epic_ray.method.topk import TopN, search
 from epic_ray.run_dir import BASIS, RunDir, round_file
 from epic_ray.stages.features import FeaturePass
@@ -48,7 +51,7 @@ from epic_ray.stages.worker_group import WorkerLost, room, run_group, wait_for_r
 _POLL_SECONDS = 0.5
 _ROUND = re.compile(r"fit/round-(\d+)\.pt")
 _RAY_TRAIN_FOLDER = ".ray-train"
-_QUARTIMAX_ITERATIONS = 10
+_START_ITERATIONS = 10
 _MOST_RESTARTS = 3
 # below, a matrix product takes less time than its threads wait for one another on a busy machine
 _CHANNELS_WORTH_THREADS = 256
@@ -68,6 +71,7 @@ class FitJob:
 @dataclass(frozen=True)
 class FitResult:
     basis: torch.Tensor
+    start: str
     history: list[dict[str, Any]]
     decoded: int
     forwarded: int
@@ -85,8 +89,21 @@ def fit_basis(job: FitJob, reporter: Reporter) -> FitResult:
         restarts = _run_rounds(job, rounds, reporter)
     last = read_own_round(job, rounds)
     return FitResult(
-        last["basis"], last["history"], last["decoded"], last["forwarded"], last["peak_memory_bytes"], restarts
+        last["basis"],
+        _name_of(last["start"], job.config.fit.start),
+        last["history"],
+        last["decoded"],
+        last["forwarded"],
+        last["peak_memory_bytes"],
+        restarts,
     )
+
+
+def _name_of(start: torch.Tensor, asked: str) -> str:
+    """The start that `auto` came to, or the one that was asked for."""
+    if asked != "auto":
+        return asked
+    return "identity" if torch.equal(start, torch.eye(len(start))) else "varimax"
 
 
 def _run_rounds(job: FitJob, rounds: int, reporter: Reporter) -> int:
@@ -280,14 +297,15 @@ class _Worker:
         self.seen = np.empty(0, np.int64)  # images that some round has chosen
 
     def run(self) -> None:
-        state = self._resume() or FitState.begin(self._start())
+        weigh = rank_weights if self.config.weights == "rank" else equal_weights
         settings = self.config.prototypes_per_channel
         schedule = prototypes_per_round(
             settings.start, settings.end, settings.rounds, settings.decay, settings.exact_end
         )
         try:
+            state = self._resume() or FitState.begin(self._start(settings.start, weigh))
             if self.config.solver == "procrustes":
-                fit_procrustes(self.source, state, schedule, self.reducer, self._on_round)
+                fit_procrustes(self.source, state, schedule, self.reducer, self._on_round, weigh)
             else:
                 self._adam(state, schedule)
         except NonFiniteError as error:
@@ -309,12 +327,17 @@ class _Worker:
             wrap=torch.nn.parallel.DistributedDataParallel if self.reducer.world > 1 else None,
         )
 
-    def _start(self) -> torch.Tensor:
-        if self.config.start == "identity":
-            return torch.eye(self.source.channel_count, device=self.device)
-        return quartimax_start(
-            self.source.own_pooled, self.source.channel_count, _QUARTIMAX_ITERATIONS, self.reducer, device=self.device
-        )
+    def _start(self, prototypes: int, weigh: Weights) -> torch.Tensor:
+        chosen, channels = self.config.start, self.source.channel_count
+        identity = torch.eye(channels, device=self.device)
+        if chosen == "identity":
+            return identity
+        rotate = quartimax_start if chosen == "quartimax" else varimax_start
+        rotated = rotate(self.source.own_pooled, channels, _START_ITERATIONS, self.reducer, device=self.device)
+        if chosen != "auto":
+            return rotated
+        starts = [identity, rotated]
+        return starts[purest_start(self.source, starts, prototypes, self.reducer, weigh)]
 
     def _resume(self) -> FitState | None:
         number = finished_rounds(self.job.run_dir)
@@ -418,16 +441,17 @@ class StoredMaps:
 
     def blocks(self, top: TopN) -> Iterator[MapBlock]:
         """This worker's share of the pairs, image by image in blocks of bounded memory."""
-        channels, slots = (top.indices >= 0).nonzero(as_tuple=True)
-        images = top.indices[channels, slots]
+        channels, ranks = (top.indices >= 0).nonzero(as_tuple=True)
+        images = top.indices[channels, ranks]
         order = images.argsort(stable=True)
-        images, channels = images[order], channels[order]
+        images, channels, ranks = images[order], channels[order], ranks[order]
         for positions, maps in self._store.blocks(self._own_images(top)):
             low, high = np.searchsorted(images.cpu().numpy(), [positions[0], positions[-1] + 1])
             mine = torch.isin(images[low:high], torch.from_numpy(positions).to(images.device))
-            chosen, pairs = images[low:high][mine], channels[low:high][mine]
+            chosen = images[low:high][mine]
             image_slots = torch.searchsorted(torch.from_numpy(positions).to(images.device), chosen)
-            yield torch.from_numpy(maps).to(self._device), image_slots, pairs
+            on_device = torch.from_numpy(maps).to(self._device)
+            yield on_device, image_slots, channels[low:high][mine], ranks[low:high][mine]
 
     def pair_maps(self, image_indices: torch.Tensor) -> torch.Tensor:
         """The maps of any images, one row an entry."""

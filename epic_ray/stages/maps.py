@@ -27,7 +27,9 @@ from epic_ray.stages.reading import ImageReader, UnreadableError
 from epic_ray.stages.resources import MIB, available_cores
 from epic_ray.tables import to_numpy
 
-_BLOCK_BYTES = 128 * MIB
+_FILE_BYTES = 128 * MIB
+# larger arrays are mapped anew each time, page by page, which takes longer than reading what goes into them
+_READ_BYTES = 8 * MIB
 _FINGERPRINT = b"epic_ray.fingerprint"
 
 
@@ -161,7 +163,7 @@ class MapStore:
         """The maps of sorted, distinct images in blocks of bounded memory: (positions, maps (b, S, D))."""
         if not len(positions):
             return
-        size = max(1, _BLOCK_BYTES // self.read(positions[:1]).nbytes)
+        size = max(1, _READ_BYTES // self.read(positions[:1]).nbytes)
         for start in range(0, len(positions), size):
             block = positions[start : start + size]
             yield block, self.read(block)
@@ -194,7 +196,7 @@ class MapGatherer:
         A file is named after the images it holds, so that no start, worker or stage writes over another's.
         """
         missing = self.store.missing(positions)
-        size = max(self._batch_size, _BLOCK_BYTES // map_bytes(self._classifier))
+        size = max(self._batch_size, _FILE_BYTES // map_bytes(self._classifier))
         for start in range(0, len(missing), size):
             block = missing[start : start + size]
             key = hashlib.sha256(block.astype("<i8").tobytes()).hexdigest()[:16]

@@ -73,6 +73,41 @@ def test_polar_factor_of_a_singular_matrix_is_still_orthogonal():
     assert B.orthogonality_error(B.polar_factor(matrix)) < 1e-6
 
 
+def near_singular(d, seed, smallest=1e-3):
+    """A low-rank non-negative matrix plus a small rotation, as M + 0.001 U of a fit with few images is."""
+    generator = torch.Generator().manual_seed(seed)
+    few = max(1, d // 4)
+    low_rank = torch.rand(d, few, generator=generator) @ torch.rand(few, d, generator=generator)
+    return low_rank.double() + smallest * B.random_basis(d, seed + 1).double()
+
+
+@given(d=dims, seed=seeds, scale=st.floats(1e-6, 1e6))
+@settings(deadline=None)
+def test_newton_finds_the_factor_of_the_decomposition(d, seed, scale):
+    matrix = scale * randn(d, d, seed=seed)
+    factor = B.polar_by_newton(matrix)
+    # what rounding may do grows with the condition number, in both
+    bound = 1e-13 * float(torch.linalg.cond(matrix)) + 1e-12
+    torch.testing.assert_close(factor, B.polar_by_svd(matrix), rtol=0, atol=bound)
+    assert B.orthogonality_error(factor) < 1e-12
+
+
+@pytest.mark.parametrize("d", [2, 64, 300])
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6])
+def test_newton_finds_the_factor_of_a_nearly_singular_matrix(d, smallest):
+    matrix = near_singular(d, seed=d, smallest=smallest)
+    factor, expected = B.polar_by_newton(matrix), B.polar_by_svd(matrix)
+    torch.testing.assert_close(factor, expected, rtol=0, atol=1e-12 / smallest)
+    assert float((factor * matrix).sum()) == pytest.approx(float((expected * matrix).sum()), rel=1e-12)
+    assert B.orthogonality_error(B.polar_by_newton(matrix.float())) < 1e-7
+
+
+def test_newton_gives_up_on_a_singular_matrix_and_the_decomposition_does_not():
+    matrix = torch.ones(8, 8)
+    assert B.polar_by_newton(matrix) is None
+    assert B.orthogonality_error(B.polar_factor(matrix)) < 1e-6
+
+
 def test_polar_factor_refuses_nan():
     with pytest.raises(ValueError, match="not finite"):
         B.polar_factor(torch.full((3, 3), torch.nan))

@@ -1,8 +1,7 @@
-"""Fits: the closed form, the paper's gradient descent, resuming, several workers, starts."""
+"""Fits: the closed form, the paper's gradient descent, resuming, several workers."""
 
 import copy
 import datetime
-import itertools
 import socket
 import threading
 
@@ -12,34 +11,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sources import ArraySource
+from sources import ArraySource, mean_purity, mixed_concepts, rectified_maps
 from torch import nn
 
 from epic_ray.method import solvers
 from epic_ray.method.basis import orthogonality_error, polar_factor, random_basis
-from epic_ray.method.peaks import find_peaks
 from epic_ray.method.schedule import prototypes_per_round
-from epic_ray.method.solvers import FitState, NonFiniteError, SingleProcess, fit_adam, fit_procrustes, pair_order
-from epic_ray.method.topk import search
+from epic_ray.method.solvers import (
+    FitState,
+    NonFiniteError,
+    SingleProcess,
+    equal_weights,
+    fit_adam,
+    fit_procrustes,
+    pair_order,
+    rank_weights,
+)
 
 ALONE = SingleProcess()
 ADAM = {"seed": 7, "batch_size": 16}
-
-
-def rectified_maps(n=60, s=9, d=6, seed=0):
-    """Feature maps as a network's last ReLU leaves them: sparse, non-negative."""
-    return torch.randn(n, s, d, generator=torch.Generator().manual_seed(seed)).relu()
-
-
-def mixed_concepts(n=300, s=9, d=8, seed=0):
-    """Images in which each cell shows one of d concepts, seen through a rotation of the channels; and it."""
-    generator = torch.Generator().manual_seed(seed)
-    shown = torch.randint(0, d, (n, s), generator=generator)
-    strength = 1 + torch.rand(n, s, 1, generator=generator)
-    concepts = nn.functional.one_hot(shown, d) * strength
-    rotation = random_basis(d, seed + 1)
-    noise = 0.02 * torch.randn(n, s, d, generator=generator)
-    return concepts @ rotation + noise, rotation
 
 
 def fit(solver, maps, schedule, start=None, state=None, **options):
@@ -50,13 +40,6 @@ def fit(solver, maps, schedule, start=None, state=None, **options):
         ArraySource(maps), state, schedule, ALONE, lambda s, r: rounds.append((copy.deepcopy(s), r)), **options
     )
     return end, rounds
-
-
-def mean_purity(maps, basis, n):
-    """Mean purity of every channel's n prototypes, by the definition."""
-    top = search([(torch.arange(len(maps)), maps.mean(dim=1))], basis, n)
-    channels = torch.arange(len(basis)).repeat_interleave(n)
-    return find_peaks(maps[top.indices.flatten()], channels, basis).purity.mean().item()
 
 
 # The closed form
@@ -73,18 +56,21 @@ class FixedPrototypes(ArraySource):
         return self.top
 
 
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 20), d=st.integers(2, 8), signed=st.booleans())
+weightings = st.sampled_from([equal_weights, rank_weights])
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 20), d=st.integers(2, 8), signed=st.booleans(), weigh=weightings)
 @settings(deadline=None, max_examples=40)
-def test_for_fixed_prototypes_a_round_never_lowers_the_purity_it_started_from(seed, n, d, signed):
+def test_for_fixed_prototypes_a_round_never_lowers_the_purity_it_started_from(seed, n, d, signed, weigh):
     maps = torch.randn(30, 4, d, generator=torch.Generator().manual_seed(seed))
     maps = maps if signed else maps.relu()
     records = []
     state = FitState.begin(random_basis(d, seed))
     start = state.basis
-    state = fit_procrustes(FixedPrototypes(maps), state, [n] * 4, ALONE, lambda s, r: records.append(r))
+    state = fit_procrustes(FixedPrototypes(maps), state, [n] * 4, ALONE, lambda s, r: records.append(r), weigh)
     assert all(record.purity_end >= record.purity_start - 1e-6 for record in records)
     # the cells are found anew for each update: they change the objective, never a fixed-cell step
-    assert records[0].purity_start == pytest.approx(mean_purity(maps, start, n), abs=1e-5)
+    assert records[0].purity_start == pytest.approx(mean_purity(maps, start, n, weigh(n)), abs=1e-5)
     assert orthogonality_error(state.basis) < 1e-6
 
 
@@ -103,6 +89,26 @@ def test_images_without_any_activation_leave_the_basis_where_it_was():
     state, rounds = fit(fit_procrustes, torch.zeros(10, 4, 5), [3, 3], start)
     torch.testing.assert_close(state.basis, start, rtol=0, atol=1e-6)
     assert rounds[0][1].purity_end == 0
+
+
+def test_a_round_is_the_polar_factor_of_the_peaks_weighted_by_rank():
+    maps = rectified_maps()
+    state, _ = fit(fit_procrustes, maps, [7], weigh=rank_weights)
+    directions = torch.zeros(6, 6, dtype=torch.float64)
+    for channel in range(6):
+        strongest = maps[:, :, channel].sum(dim=1).argsort(descending=True, stable=True)[:7]
+        peaks = [maps[image, maps[image, :, channel].argmax()].double() for image in strongest]
+        weighted = [peak / peak.norm() / rank**0.5 for rank, peak in enumerate(peaks, start=1)]
+        directions[channel] = sum(weighted) / sum(rank**-0.5 for rank in range(1, 8))
+    expected = polar_factor(directions + 1e-3 * torch.eye(6))
+    torch.testing.assert_close(state.basis, expected.float(), rtol=0, atol=1e-5)
+
+
+def test_the_scale_of_the_weights_is_nothing():
+    maps = rectified_maps()
+    once, _ = fit(fit_procrustes, maps, [12, 6], weigh=rank_weights)
+    tenfold, _ = fit(fit_procrustes, maps, [12, 6], weigh=lambda n: 10 * rank_weights(n))
+    torch.testing.assert_close(once.basis, tenfold.basis, rtol=0, atol=1e-6)
 
 
 def test_more_prototypes_than_images_uses_every_image_once():
@@ -330,50 +336,6 @@ def test_several_workers_without_averaged_gradients_are_refused():
     reducer = Together(0, 2, {})
     with pytest.raises(ValueError, match="wrap"):
         fit_adam(ArraySource(rectified_maps()), FitState.begin(torch.eye(6)), [4], reducer, lambda s, r: None, seed=0)
-
-
-# Starts
-
-
-def quartimax_objective(basis, pooled):
-    return nn.functional.normalize(pooled, dim=1).matmul(basis.T).pow(4).sum().item()
-
-
-def start_from(pooled, iterations, rows=50):
-    return solvers.quartimax_start(lambda: pooled.split(rows), pooled.shape[1], iterations, ALONE)
-
-
-@given(seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=20)
-def test_every_quartimax_iteration_raises_the_fourth_moments(seed):
-    pooled = rectified_maps(n=80, s=2, d=7, seed=seed).mean(dim=1)
-    reached = [quartimax_objective(start_from(pooled, iterations), pooled) for iterations in range(6)]
-    assert all(after >= before - 1e-5 for before, after in itertools.pairwise(reached))
-    assert reached[-1] > reached[0]
-
-
-def test_quartimax_undoes_a_rotation_of_sparse_features():
-    generator = torch.Generator().manual_seed(0)
-    sparse = torch.randn(2000, 6, generator=generator) * (torch.rand(2000, 6, generator=generator) < 0.2)
-    rotation = random_basis(6, seed=4)
-    cosines = (start_from(sparse @ rotation, 40) @ rotation.T).abs()
-    assert sorted(cosines.argmax(dim=1).tolist()) == list(range(6))
-    assert (cosines.max(dim=1).values > 0.99).all()
-
-
-def test_quartimax_does_not_depend_on_the_blocks_and_starts_at_the_identity():
-    pooled = rectified_maps(n=80).mean(dim=1)
-    assert torch.equal(start_from(pooled, 0), torch.eye(6))
-    torch.testing.assert_close(start_from(pooled, 5, rows=80), start_from(pooled, 5, rows=7), rtol=0, atol=1e-4)
-
-
-def test_quartimax_keeps_channels_that_no_image_has():
-    pooled = rectified_maps(n=80).mean(dim=1)
-    dead = [2, 4]
-    pooled[:, dead] = 0
-    basis = start_from(pooled, 10)
-    assert orthogonality_error(basis) < 1e-6
-    torch.testing.assert_close(basis[dead][:, dead], torch.eye(2), rtol=0, atol=1e-4)
 
 
 def test_the_closed_form_beats_a_random_step_of_the_same_size():

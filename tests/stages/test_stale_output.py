@@ -67,7 +67,7 @@ def test_a_new_fit_leaves_no_explanation_or_picture_of_the_old_one(few, tmp_path
     run, record = pipeline.open_finished(run_dir, Reporter())
     pipeline.explain(run, record, "val")
     draw_split(run, "val", 1, 2, Reporter())
-    refit = small_settings(few, tmp_path / "runs", fit={"start": "identity"})
+    refit = small_settings(few, tmp_path / "runs", fit={"start": "quartimax"})
     train(refit, force=True)
     assert run_dir.list("tables/explanations") == run_dir.list("pictures") == []
     assert run_dir.read_mark("explanations-val") is None
@@ -127,7 +127,7 @@ def test_files_that_are_none_of_ours_are_left_alone(few, tmp_path):
 def test_a_run_that_was_trained_anew_meanwhile_is_not_explained_by_halves(few, tmp_path):
     _, run_dir = train(small_settings(few, tmp_path / "runs"))
     run, record = pipeline.open_finished(run_dir, Reporter())
-    train(small_settings(few, tmp_path / "runs", fit={"start": "identity"}), force=True)
+    train(small_settings(few, tmp_path / "runs", fit={"start": "quartimax"}), force=True)
     with pytest.raises(ResultError, match="was trained anew since it was opened; run the command again"):
         pipeline.explain(run, record, "val")
 
@@ -142,12 +142,12 @@ def test_a_split_that_the_settings_lost_leaves_no_file(few, tmp_path):
 def test_a_refused_start_keeps_no_old_record_beside_new_settings(few, tmp_path):
     _, run_dir = train(small_settings(few, tmp_path / "runs"))
     other = small_settings(
-        few, tmp_path / "runs", fit={"start": "identity"}, resources={"feature_actors": 99, "gpus_per_actor": 1}
+        few, tmp_path / "runs", fit={"start": "quartimax"}, resources={"feature_actors": 99, "gpus_per_actor": 1}
     )
     with pytest.raises(ClusterError, match="99 actor"):
         train(other, force=True)
     assert run_dir.exists(RUN)
-    assert pipeline.read_config(run_dir).fit.start == "quartimax"
+    assert pipeline.read_config(run_dir).fit.start == "auto"
 
 
 def test_torn_or_lost_features_are_made_again_not_left_out(few, tmp_path):

@@ -13,11 +13,13 @@ from PIL import Image
 from epic_ray import pipeline
 from epic_ray.config import RunConfig
 from epic_ray.logs import Reporter
+from epic_ray.method.solvers import FitState, SingleProcess, equal_weights, fit_procrustes, rank_weights
 from epic_ray.report.explained import draw_split
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.fit import read_basis
 from epic_ray.stages.loading import load
 from epic_ray.tables import TABLES
+from tests.method.sources import ArraySource
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -172,6 +174,16 @@ def test_a_fit_with_two_workers_equals_one_process(settings, solver):
     assert (read_basis(run_alone) - torch.eye(40)).abs().max() > 1e-2  # something was fitted
     for record in (alone, together):
         assert record["basis"]["orthogonality_error"] <= 1e-5
+
+
+@pytest.mark.parametrize(("weights", "weigh"), [("rank", rank_weights), ("equal", equal_weights)])
+def test_the_fit_weighs_prototypes_by_rank_or_equally_as_it_is_told(settings, weights, weigh):
+    config = settings(fit={"weights": weights, "prototypes_per_channel": {"start": 12, "end": 12, "rounds": 2}})
+    _, run_dir = run_once(config)
+    source = ArraySource(loop_over_images(config, "train")[1])
+    start = FitState.begin(torch.eye(40))
+    expected = fit_procrustes(source, start, [12, 12], SingleProcess(), lambda state, record: None, weigh)
+    torch.testing.assert_close(read_basis(run_dir), expected.basis, rtol=0, atol=1e-4)
 
 
 def test_the_run_record_says_what_a_plain_loop_finds(undisturbed):
