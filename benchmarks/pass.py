@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 TRIAL_IMAGES = 128
+LONGEST_SECONDS = 3600  # that one loop may take
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, files = prepare(Path(folder), arguments.images, arguments.photos)
         print(bench.heading() + "\n")
-        loop = best_loop(model, files)
-        rows = [compare(model, files, loop, unit, arguments.repeats, Path(folder)) for unit in arguments.units]
-        parts = [{"part alone": name, "images/s": f"{rate:.1f}"} for name, rate in alone(model, files, loop).items()]
-    print(f"{len(files)} images; bare loop: {loop}\n")
+        with BareLoops(model, bench.cores()) as loops:
+            loop, trials = best_loop(loops, files)
+            print(bench.table([{"bare loop": str(tried), "images/s": f"{rate:.1f}"} for tried, rate in trials.items()]))
+            print(f"\nThe bare loop from here on: {loop}; {len(files)} images.\n", flush=True)
+            rows = [
+                compare(loops, model, files, loop, unit, arguments.repeats, Path(folder)) for unit in arguments.units
+            ]
+            parts = alone(loops, files, loop)
     print(bench.table(rows) + "\n")
-    print(bench.table(parts))
+    print(bench.table([{"part alone": name, "images/s": f"{rate:.1f}"} for name, rate in parts.items()]))
 
 
 def prepare(folder: Path, count: int, photos: bool) -> tuple[dict[str, Any], list[str]]:
@@ -105,55 +110,80 @@ def synthetic_jpeg(seed: int, size: tuple[int, int] = (500, 375)) -> bytes:
 # --- the bare loop
 
 
-def best_loop(model: dict[str, Any], files: list[str]) -> Loop:
-    """The fastest of the settings on some of the files."""
+class BareLoops:
+    """Processes that wait with a loaded network for a loop to run. They are started once, and not timed."""
+
+    def __init__(self, model: dict[str, Any], count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._answers = context.Queue()
+        self._orders = [context.Queue() for _ in range(count)]
+        self._workers = [
+            context.Process(target=_serve, args=(model, orders, self._answers), daemon=True) for orders in self._orders
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def __enter__(self) -> "BareLoops":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers:
+            worker.terminate()
+            worker.join()
+
+    def run(self, files: list[str], loop: Loop, part: str = "") -> float:
+        """Images a second of the loop, or of a part of it (`decode`, `compute`) alone."""
+        orders = self._orders[: loop.processes]
+        for number, order in enumerate(orders):
+            order.put((asdict(loop), files[number :: loop.processes], part))
+        self._collect(loop.processes)  # all have warmed up
+        for order in orders:
+            order.put("go")
+        spans = self._collect(loop.processes)
+        return len(files) / (max(end for _, end in spans) - min(begin for begin, _ in spans))
+
+    def _collect(self, count: int) -> list[Any]:
+        return [self._answers.get(timeout=LONGEST_SECONDS) for _ in range(count)]
+
+
+def best_loop(loops: BareLoops, files: list[str]) -> tuple[Loop, dict[Loop, float]]:
+    """The fastest of the settings on some of the files, and the images/s of each."""
     cores = bench.cores()
-    shapes = [(1, cores)] + ([(cores, 1)] if 1 < cores <= 16 else [])
-    trials = {}
-    for (processes, threads), batch, ahead in product(shapes, (16, 64), (False, True)):
-        loop = Loop(processes, threads, batch, ahead)
-        trials[loop] = run_loop(model, files[:TRIAL_IMAGES], loop)
-    return max(trials, key=lambda loop: trials[loop])
+    shapes = [(1, cores)] + ([(cores, 1)] if cores > 1 else [])
+    some = files[:: max(1, len(files) // TRIAL_IMAGES)][:TRIAL_IMAGES]
+    settings = [Loop(*shape, batch, ahead) for shape, batch, ahead in product(shapes, (16, 64), (False, True))]
+    trials = {loop: loops.run(some, loop) for loop in settings}
+    return max(trials, key=lambda loop: trials[loop]), trials
 
 
-def run_loop(model: dict[str, Any], files: list[str], loop: Loop, part: str = "") -> float:
-    """Images a second of the bare loop, or of a part of it (`decode`, `compute`) alone."""
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(loop.processes), context.Queue()
-    shares = [files[number :: loop.processes] for number in range(loop.processes)]
-    workers = [
-        context.Process(target=_loop, args=(model, share, asdict(loop), part, start, results)) for share in shares
-    ]
-    for worker in workers:
-        worker.start()
-    spans = [results.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    return len(files) / (max(end for _, end in spans) - min(begin for begin, _ in spans))
-
-
-def _loop(model: dict[str, Any], files: list[str], loop: dict[str, Any], part: str, start: Any, results: Any) -> None:
+def _serve(model: dict[str, Any], orders: Any, answers: Any) -> None:
     import torch
 
     from epic_ray.config import ModelConfig
     from epic_ray.stages.loading import load
 
-    torch.set_num_threads(loop["threads"])
-    classifier, batch = load(ModelConfig.model_validate(model)), loop["batch"]
-    size = classifier.preprocessing.crop
+    classifier = load(ModelConfig.model_validate(model))
     network = classifier.model.to(memory_format=torch.channels_last)
-    features: list[torch.Tensor] = []
+    pooled: list[torch.Tensor] = []
     pool = next(module for name, module in network.named_modules() if name == "avgpool")
-    pool.register_forward_hook(lambda module, given, pooled: features.append(pooled.flatten(1)))
-    still = torch.zeros((batch, *size, 3), dtype=torch.uint8)
-    with torch.inference_mode():
-        network(classifier.normalise(still))
-        start.wait()
-        begin = time.time()
-        for images in _batches(files, batch, classifier, loop["ahead"], still if part == "compute" else None):
-            if part != "decode":
-                network(classifier.normalise(images)).argmax(dim=1)
-        results.put((begin, time.time()))
+    pool.register_forward_hook(lambda module, taken, found: pooled.append(found.flatten(1)))
+    while True:
+        loop, files, part = orders.get()
+        torch.set_num_threads(loop["threads"])
+        still = torch.zeros((loop["batch"], *classifier.preprocessing.crop, 3), dtype=torch.uint8)
+        with torch.inference_mode():
+            network(classifier.normalise(still))
+            pooled.clear()
+            answers.put("ready")
+            orders.get()
+            begin = time.time()
+            for images in _batches(
+                files, loop["batch"], classifier, loop["ahead"], still if part == "compute" else None
+            ):
+                if part != "decode":
+                    network(classifier.normalise(images)).argmax(dim=1)
+            answers.put((begin, time.time()))
+        pooled.clear()
 
 
 def _batches(files: list[str], size: int, classifier: Any, ahead: bool, still: Any) -> Iterator[Any]:
@@ -180,16 +210,16 @@ def _batches(files: list[str], size: int, classifier: Any, ahead: bool, still: A
         yield coming.result()
 
 
-def alone(model: dict[str, Any], files: list[str], loop: Loop) -> dict[str, float]:
+def alone(loops: BareLoops, files: list[str], loop: Loop) -> dict[str, float]:
     """Images a second of decoding alone and of forwards alone, each in the loop's processes."""
-    return {"decode": run_loop(model, files, loop, "decode"), "forwards": run_loop(model, files, loop, "compute")}
+    return {"decode": loops.run(files, loop, "decode"), "forwards": loops.run(files, loop, "compute")}
 
 
 # --- ours
 
 
 def compare(
-    model: dict[str, Any], files: list[str], loop: Loop, unit: int, repeats: int, folder: Path
+    loops: BareLoops, model: dict[str, Any], files: list[str], loop: Loop, unit: int, repeats: int, folder: Path
 ) -> dict[str, Any]:
     """A row of the table: both in turn, `repeats` times."""
     whole, steady, bare = [], [], []
@@ -197,7 +227,7 @@ def compare(
         ours = run_ours(model, folder, unit, f"run-{unit}-{number}")
         whole.append(ours[0])
         steady.append(ours[1])
-        bare.append(run_loop(model, files, loop))
+        bare.append(loops.run(files, loop))
     ratios = [mine / theirs for mine, theirs in zip(steady, bare, strict=True)]
     return {
         "unit": unit,

@@ -1,9 +1,10 @@
 """The closed form against the paper's gradient descent on one folder of photos, and the polar factor's two routes.
 
-    python benchmarks/solver.py PHOTOS WEIGHTS [--architecture resnet18 --classes 10 --resize 224] [--cache FOLDER]
+    python benchmarks/solver.py [PHOTOS WEIGHTS] [--architecture resnet18 --classes 10 --resize 224] [--cache FOLDER]
 
-PHOTOS holds the splits `train` and `val` (folders, Parquet files or tars). The feature maps of all images are made
-once, then both solvers fit on them, in turn. `--polar-only` leaves the fits out, and with them PHOTOS and WEIGHTS.
+PHOTOS holds the splits `train` and `val` (folders, Parquet files or tars). Without it and WEIGHTS, the shared ones
+beside the repository are taken. The feature maps of all images are made once, then both solvers fit on them, in turn.
+`--polar-only` leaves the fits out.
 """
 
 import argparse
@@ -41,8 +42,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="pairs of fits that are timed")
     parser.add_argument("--polar-only", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.polar_only and not (arguments.photos and arguments.weights):
-        parser.error("PHOTOS and WEIGHTS are needed, or --polar-only")
+    if not arguments.polar_only and not arguments.weights:
+        if arguments.photos:
+            parser.error("PHOTOS need the WEIGHTS of a network")
+        arguments.photos = bench.shared_folder() / "data/photos"
+        arguments.weights = str(bench.shared_folder() / "weights/resnet18_imagenette10.safetensors")
     print(bench.heading(), end="\n\n")
     if not arguments.polar_only:
         with tempfile.TemporaryDirectory() as temporary:

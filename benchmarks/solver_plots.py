@@ -1,12 +1,12 @@
 """The pictures of docs/solver.md, from the rows of benchmarks/solver_study.csv.
 
-python benchmarks/solver_plots.py [--tables]
+    python benchmarks/solver_plots.py [--tables]
 
 `--tables` prints the tables of docs/solver.md as well.
 """
 
+import argparse
 import csv
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -44,13 +44,16 @@ Purity = dict[tuple[str, str], list[dict[str, float]]]
 
 def main() -> None:
     """Writes every picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="print the tables of docs/solver.md as well")
+    arguments = parser.parse_args()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"})
     rows = read()
     IMAGES.mkdir(parents=True, exist_ok=True)
     draw_fits(rows)
     draw_numbers(rows)
     draw_rounds()
-    if "--tables" in sys.argv:
+    if arguments.tables:
         for split in ("held_out", "fitting"):
             print(f"\n{split}\n\n{bench.table(table_rows(rows, split))}")
 

@@ -13,8 +13,8 @@ from epic_ray.errors import ResultError
 from epic_ray.method.topk import BLOCK_ROWS, Query, TopN, search, search_all
 from epic_ray.run_dir import RunDir, unit_file
 from epic_ray.stages.features import FeatureFile
-from epic_ray.stages.image_pass import FINGERPRINT_KEY
 from epic_ray.stages.search import PooledBlocks, file_blocks, search_split
+from epic_ray.stages.units import FINGERPRINT_KEY
 from epic_ray.storage import join
 from epic_ray.tables import build_table, write_table
 
