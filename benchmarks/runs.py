@@ -19,8 +19,8 @@ from torch import Tensor
 from epic_ray.method.peaks import find_peaks_grouped
 from epic_ray.method.topk import search
 from epic_ray.run_dir import RunDir, map_folder, table_file, table_folder
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.maps import count_chosen_maps
+from epic_ray.stages.rounds import read_basis
 from epic_ray.tables import read_table, read_tables, to_numpy
 
 SPLITS = {"train": "fitting", "val": "held out"}

@@ -27,7 +27,7 @@ import torch
 from epic_ray.method.topk import BLOCK_ROWS, Query, TopN, search, search_all
 from epic_ray.run_dir import RunDir, unit_file
 from epic_ray.stages.features import FeatureFile
-from epic_ray.stages.fit import read_basis
+from epic_ray.stages.rounds import read_basis
 from epic_ray.stages.search import PooledBlocks, file_blocks
 from epic_ray.stages.units import FINGERPRINT_KEY
 from epic_ray.tables import build_table, read_table, to_numpy, write_table

@@ -30,11 +30,13 @@ from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config, run_folder
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
 from epic_ray.stages import explanations, features, fit, prototypes
 from epic_ray.stages.classes import ClassNames
+from epic_ray.stages.fit_worker import FitJob
 from epic_ray.stages.image_pass import run_pass
 from epic_ray.stages.images import Listing, UnitRange, cut_units
 from epic_ray.stages.loading import load, model_facts
 from epic_ray.stages.maps import map_bytes
 from epic_ray.stages.resources import Resources, demand_seen, likely_device, resolve_resources, start_ray, take_threads
+from epic_ray.stages.rounds import counts_so_far, read_basis
 from epic_ray.stages.units import committed_units
 from epic_ray.tables import build_table, read_table, write_table
 
@@ -243,8 +245,8 @@ def _forget_failed(run: Run, made_from: str) -> None:
 
 
 def _fit(run: Run, resources: Resources, passed: features.FeaturePass, made_from: str) -> dict[str, Any]:
-    job = fit.FitJob(run.run_dir, run.config, resources, passed, made_from)
-    before = fit.counts_so_far(job)
+    job = FitJob(run.run_dir, run.config, resources, passed, made_from)
+    before = counts_so_far(run.run_dir, made_from)
     result = fit.fit_basis(job, run.reporter)
     run.count(result.decoded - before["decoded"], result.forwarded - before["forwarded"])
     error = orthogonality_error(result.basis)
@@ -268,7 +270,7 @@ def _prototypes(run: Run, resources: Resources, passes: list[features.FeaturePas
         run.run_dir, run.config, resources, run.classifier.preprocessing, run.classifier.grid, passes
     )
     take_threads(run.classifier.channel_count)
-    rows = prototypes.make_prototypes(job, fit.read_basis(run.run_dir), run.reporter)
+    rows = prototypes.make_prototypes(job, read_basis(run.run_dir), run.reporter)
     run.count(job.forwarded, job.forwarded)
     return {"rows": rows}
 

@@ -13,10 +13,10 @@ from epic_ray.run_dir import RunDir
 from epic_ray.stages import features, prototypes
 from epic_ray.stages.classes import ClassNames
 from epic_ray.stages.exactness import prove_exactness
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.loading import model_facts
 from epic_ray.stages.maps import count_chosen_maps
 from epic_ray.stages.resources import Resources, peak_memory_bytes
+from epic_ray.stages.rounds import read_basis
 
 _LIBRARIES = ("ray", "torch", "torchvision", "timm", "pyarrow", "pillow")
 

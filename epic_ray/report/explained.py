@@ -25,11 +25,11 @@ from epic_ray.method.preprocessing import ImageError, decode_image
 from epic_ray.pipeline import Run
 from epic_ray.report.pictures import ChannelRow, ExplanationPicture, Tile, draw_explanation
 from epic_ray.run_dir import PICTURES, table_file, table_folder
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.images import Address, addresses_at, find_images
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.reading import UnreadableError
 from epic_ray.stages.resources import likely_device, take_device
+from epic_ray.stages.rounds import read_basis
 from epic_ray.storage import StorageAway
 from epic_ray.tables import read_table, to_numpy
 

@@ -13,10 +13,10 @@ from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.run_dir import RunDir, unit_file
 from epic_ray.stages.attempts import Attempts
 from epic_ray.stages.features import NON_FINITE
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.forwarding import ForwardingActor
 from epic_ray.stages.prototypes import SIGN_NAMES
 from epic_ray.stages.resources import Resources
+from epic_ray.stages.rounds import read_basis
 from epic_ray.stages.unit_actor import Unit
 from epic_ray.stages.units import UnitFacts
 from epic_ray.tables import TABLES, build_table, write_table

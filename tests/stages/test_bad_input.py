@@ -23,11 +23,11 @@ from epic_ray.errors import ConfigError, InputError, RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.features import FeatureActor
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.image_pass import run_pass
 from epic_ray.stages.images import UnitRange
 from epic_ray.stages.loading import load
 from epic_ray.stages.resources import resolve_resources
+from epic_ray.stages.rounds import read_basis
 
 assert explain, train  # imported for the commands they add
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

@@ -14,8 +14,8 @@ from epic_ray.errors import ConfigError
 from epic_ray.logs import Reporter
 from epic_ray.report.explained import Illustrator, draw_split, rows_of
 from epic_ray.run_dir import RunDir
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.images import Address
+from epic_ray.stages.rounds import read_basis
 from epic_ray.tables import read_tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

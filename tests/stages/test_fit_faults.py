@@ -32,7 +32,9 @@ from epic_ray.errors import ClusterError, ConfigError, InputError, RunFailed
 from epic_ray.logs import Meter, Reporter
 from epic_ray.run_dir import RunDir, round_file
 from epic_ray.stages import fit, worker_group
+from epic_ray.stages.fit_worker import FitJob
 from epic_ray.stages.resources import first_cause
+from epic_ray.stages.rounds import finished_rounds
 from epic_ray.stages.worker_group import run_group, wait_for_room, worker_loss
 
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in /proc")
@@ -81,7 +83,7 @@ class Prepared:
     output: Path
     sections: dict[str, Any]
 
-    def job(self, output: Path, **fit_settings: Any) -> fit.FitJob:
+    def job(self, output: Path, **fit_settings: Any) -> FitJob:
         """What the pipeline would tell the fit of a copy under `output`."""
         output.mkdir(exist_ok=True)
         if output != self.output:
@@ -94,10 +96,10 @@ class EnoughError(Exception):
     pass
 
 
-def told_to_the_fit(config: RunConfig) -> fit.FitJob:
-    jobs: list[fit.FitJob] = []
+def told_to_the_fit(config: RunConfig) -> FitJob:
+    jobs: list[FitJob] = []
 
-    def take(job: fit.FitJob, reporter: Reporter) -> None:
+    def take(job: FitJob, reporter: Reporter) -> None:
         jobs.append(job)
         raise EnoughError
 
@@ -190,7 +192,7 @@ def act_when(met: Callable[[], Any], act: Callable[[], None]) -> threading.Threa
     return thread
 
 
-def in_round_after(number: int, job: fit.FitJob) -> Callable[[], bool]:
+def in_round_after(number: int, job: FitJob) -> Callable[[], bool]:
     return Path(job.run_dir.path(round_file(number))).exists
 
 
@@ -255,7 +257,7 @@ def test_a_round_that_loses_a_worker_each_time_ends_the_fit(prepared, tmp_path):
         ended.set()
         killer.join()
     assert [line.split(", ")[-1] for line in listener.losses] == [f"restart {number} of 3" for number in (1, 2, 3)]
-    assert fit.finished_rounds(job.run_dir) == 0
+    assert finished_rounds(job.run_dir) == 0
 
 
 # --- faults that no restart cures

@@ -15,7 +15,7 @@ from epic_ray.logs import Reporter
 from epic_ray.method.topk import search
 from epic_ray.run_dir import RunDir
 from epic_ray.stages.features import TOO_LARGE
-from epic_ray.stages.fit import read_basis
+from epic_ray.stages.rounds import read_basis
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

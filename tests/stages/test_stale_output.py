@@ -17,10 +17,10 @@ from epic_ray.logs import Reporter
 from epic_ray.report.explained import Illustrator, draw_split
 from epic_ray.run_dir import RUN, RunDir
 from epic_ray.stages.classes import ClassNames
-from epic_ray.stages.fit import read_basis, read_round
 from epic_ray.stages.images import Address
 from epic_ray.stages.loading import load, model_facts
 from epic_ray.stages.maps import MapStore, write_maps
+from epic_ray.stages.rounds import read_basis, read_round
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -16,8 +16,8 @@ from epic_ray.logs import Reporter
 from epic_ray.method.solvers import FitState, SingleProcess, equal_weights, fit_procrustes, rank_weights
 from epic_ray.report.explained import draw_split
 from epic_ray.run_dir import RunDir
-from epic_ray.stages.fit import read_basis
 from epic_ray.stages.loading import load
+from epic_ray.stages.rounds import read_basis
 from epic_ray.tables import TABLES
 from tests.method.sources import ArraySource
 
