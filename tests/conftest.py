@@ -111,7 +111,13 @@ def small_settings(images: Path, output: Path, **sections: Any) -> RunConfig:
         "data": {"root": str(images)},
         "features": {"unit_size": 32},
         "fit": {"prototypes_per_channel": {"start": 12, "end": 5, "rounds": 3}},
-        "resources": {"batch_size": 16, "device": "cpu", "gpus_per_actor": 0, "threads_per_actor": 1},
+        "resources": {
+            "batch_size": 16,
+            "device": "cpu",
+            "gpus_per_actor": 0,
+            "threads_per_actor": 1,
+            "feature_actors": 1,
+        },
         "output": {"root": str(output)},
     }
     for name, section in sections.items():
