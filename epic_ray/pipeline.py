@@ -25,6 +25,7 @@ from epic_ray.errors import ConfigError, InputError, ResultError
 from epic_ray.lock import Lock, hold
 from epic_ray.logs import Reporter
 from epic_ray.method.basis import orthogonality_error
+from epic_ray.method.starts import TRIAL_PROTOTYPES
 from epic_ray.record import basis_card, basis_notes, make_record
 from epic_ray.run import TRAIN_STAGES, Run, open_run, read_config, run_folder
 from epic_ray.run_dir import BASIS, BASIS_CARD, CONFIG, RUN, RunDir, split_files, table_file
@@ -284,14 +285,16 @@ def plan(config: RunConfig, reporter: Reporter, force: bool = False) -> dict[str
     rows = sum(images.rows for images in run.images.values())
     channels, classes = run.classifier.channel_count, run.classifier.class_count
     # at most so many images are chosen in the first round; later rounds bring few more
-    most = channels * run.config.fit.prototypes_per_channel.start
+    schedule = config.fit.prototypes_per_channel
+    tried = 2 * min(schedule.start, TRIAL_PROTOTYPES) if config.fit.start == "auto" else 0
+    most = channels * (schedule.start + tried)
     chosen = 0 if run.maps_kept else min(run.images[FITTING_SPLIT].rows, most)
     logit_bytes = 4 * classes * (rows - run.images[FITTING_SPLIT].rows)
     pooled_bytes = {"float32": 4, "float16": 2}[config.features.dtype] * channels * rows
     size = {
         "images": 200 * rows,
         "features": pooled_bytes + logit_bytes + map_bytes(run.classifier) * rows * run.maps_kept,
-        "fit": 4 * channels**2 * run.config.fit.prototypes_per_channel.rounds + chosen * map_bytes(run.classifier),
+        "fit": 4 * channels**2 * schedule.rounds + chosen * map_bytes(run.classifier),
         "prototypes": (100 + map_bytes(run.classifier) // channels) * channels * 4 * run.config.prototypes.per_channel,
     }
     device = likely_device(config.resources)

@@ -63,7 +63,7 @@ def make_record(
             "split": held_out,
             "images": proof.images if proof else 0,
         },
-        "basis": {"orthogonality_error": orthogonality_error(basis)},
+        "basis": {"orthogonality_error": orthogonality_error(basis), "start": marks["fit"]["start"]},
         "purity": {name: _purity(run_dir, name, judged) for name in ("before", "after")},
         "counts": _counts(run_dir, passes, counts),
         "failures": marks["features"]["failures"],

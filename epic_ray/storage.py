@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlparse
 import pyarrow as pa
 from pyarrow import fs
 
+from epic_ray import interrupts
 from epic_ray.errors import ConfigError, InputError
 
 PATIENCE_VARIABLE = "EPIC_RAY_PATIENCE_SECONDS"
@@ -120,6 +121,7 @@ def patiently(filesystem: fs.FileSystem, what: str, call: Callable[[], Result]) 
         return call()
     end, pause = time.monotonic() + patience_seconds(), _FIRST_PAUSE_SECONDS
     while True:
+        interrupts.check()  # also of a thread, which no signal reaches
         try:
             return call()
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError):

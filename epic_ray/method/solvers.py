@@ -41,6 +41,7 @@ __all__ = [
     "nearest_basis",
     "pair_order",
     "pca_basis",
+    "peak_directions",
     "random_basis",
     "rank_weights",
 ]
@@ -210,7 +211,7 @@ def fit_procrustes(
     """
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        directions, purity_start = _peak_directions(source, top, state.basis, reducer, weigh)
+        directions, purity_start = peak_directions(source, top, state.basis, reducer, weigh)
         demand_finite(directions, number, 0)
         basis = nearest_basis(directions + _PROXIMITY * state.basis, reducer)
         purity_end = float((basis * directions).sum()) / len(basis)
@@ -264,7 +265,7 @@ def fit_adam(
 
     for number in range(state.round, len(schedule)):
         top = source.search(state.basis, schedule[number])
-        _, purity_start = _peak_directions(source, top, state.basis, reducer, equal_weights)
+        _, purity_start = peak_directions(source, top, state.basis, reducer, equal_weights)
         steps, loss_sum = 0, state.basis.new_zeros(1)
         for epoch in range(epochs_per_round):
             loss_sum.zero_()
@@ -279,7 +280,7 @@ def fit_adam(
                 steps += 1
         reducer.sum_(loss_sum)
         basis = model.basis()
-        _, purity_end = _peak_directions(source, top, basis, reducer, equal_weights)
+        _, purity_end = peak_directions(source, top, basis, reducer, equal_weights)
         loss_mean = float(loss_sum) * epochs_per_round / (steps * reducer.world)
         record = _record(number, top, (state.basis, basis), (purity_start, purity_end), steps=steps, loss=loss_mean)
         parameter = model.parameter.detach().clone()
@@ -332,17 +333,25 @@ def _batches(
         yield images[batch], channels[batch]
 
 
-def _peak_directions(
+def peak_directions(
     source: MapSource, top: TopN, basis: Tensor, reducer: Reducer, weigh: Weights
 ) -> tuple[Float[Tensor, "d d"], float]:
-    """M, row k the weighted mean of z / |z| at the peaks of channel k's prototypes, and the purity tr(U M^T) / D."""
+    """M, row k the weighted mean of z / |z| at the peaks of channel k's prototypes, and the purity tr(U M^T) / D.
+
+    Args:
+        source: where the maps come from.
+        top: the prototypes.
+        basis: U.
+        reducer: who else takes part.
+        weigh: weights of a channel's prototypes by rank.
+    """
     # float64: the sum may not depend on how the images are shared out, and U answers to its last bits
     sums, total = torch.zeros_like(basis, dtype=torch.float64), torch.zeros_like(basis[0], dtype=torch.float64)
-    rank_weights = weigh(top.indices.shape[1]).to(total)
+    by_rank = weigh(top.indices.shape[1]).to(total)
     pair_rows = max(1, _PAIR_BYTES // sums[:1].nbytes)
     for maps_BSD, image_slots, channels, ranks in source.blocks(top):
         peaks = find_peaks_grouped(maps_BSD, image_slots, channels, basis)
-        weights = rank_weights[ranks]
+        weights = by_rank[ranks]
         total.index_add_(0, channels, weights)
         for rows in torch.arange(len(channels), device=channels.device).split(pair_rows):
             part = Peaks(peaks.cells[rows], peaks.purity[rows], peaks.value[rows])

@@ -16,11 +16,11 @@ from epic_ray.method.solvers import (
     FitState,
     MapSource,
     Reducer,
-    RoundRecord,
     Weights,
     demand_finite,
     fit_procrustes,
     nearest_basis,
+    peak_directions,
 )
 
 __all__ = ["purest_start", "quartimax_start", "varimax_start"]
@@ -29,7 +29,7 @@ Blocks = Callable[[], Iterable[Float[Tensor, "_ d"]]]
 
 # A trial: long enough for the order of two starts to be that of finished fits on every set of docs/solver.md.
 _TRIAL_ROUNDS = 4
-_TRIAL_PROTOTYPES = 20
+TRIAL_PROTOTYPES = 20
 
 
 def purest_start(
@@ -40,20 +40,21 @@ def purest_start(
     Judged by the purity of the last round's prototypes before its update: chosen anew among the images that are
     fitted on, and held-out images are never looked at. A round of a trial has at most `prototypes` a channel, and 20.
     """
-    schedule = [min(prototypes, _TRIAL_PROTOTYPES)] * _TRIAL_ROUNDS
-    reached = []
-    for start in starts:
-        reached.append(_trial(source, FitState.begin(start), schedule, reducer, weigh).purity_start)
-    return reached.index(max(reached))
+    schedule = [min(prototypes, TRIAL_PROTOTYPES)] * _TRIAL_ROUNDS
+    reached = [_purity_after(source, start, schedule, reducer, weigh) for start in starts]
+    # one worker's word counts: sums on different machines may differ in the last bit
+    best = torch.tensor([reached.index(max(reached))], device=starts[0].device)
+    reducer.broadcast_(best)
+    return int(best)
 
 
-def _trial(
-    source: MapSource, state: FitState, schedule: Sequence[int], reducer: Reducer, weigh: Weights
-) -> RoundRecord:
-    """What the last round did."""
-    records: list[RoundRecord] = []
-    fit_procrustes(source, state, schedule, reducer, lambda _, record: records.append(record), weigh)
-    return records[-1]
+def _purity_after(
+    source: MapSource, start: Float[Tensor, "d d"], schedule: Sequence[int], reducer: Reducer, weigh: Weights
+) -> float:
+    """The purity of the last round's prototypes, which is not followed by an update."""
+    state = FitState.begin(start)
+    basis = fit_procrustes(source, state, schedule[:-1], reducer, lambda state, record: None, weigh).basis
+    return peak_directions(source, source.search(basis, schedule[-1]), basis, reducer, weigh)[1]
 
 
 def quartimax_start(

@@ -25,10 +25,7 @@ from epic_ray.stages.units import FINGERPRINT_KEY, UnitFacts, committed_units, f
 from epic_ray.tables import build_table, read_table, to_numpy, write_table
 
 NON_FINITE = "the classifier's features or logits are not finite for this image"
-TOO_LARGE = (
-    "the classifier's features are beyond float16 (65,504), or they or its logits are not finite for this image; "
-    "set features.dtype=float32 if there are many"
-)
+TOO_LARGE = "the classifier's features are beyond float16 (65,504) for this image; set features.dtype=float32"
 
 
 class FeatureActor(ForwardingActor):
@@ -51,11 +48,14 @@ class FeatureActor(ForwardingActor):
         return _Results.of(parts, maps_kept, classifier)
 
     def publish(self, unit: Unit, readable: np.ndarray, results: "_Results") -> int:
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is seen below
+        for row in readable[~results.finite]:
+            unit.reasons[row] = NON_FINITE
+        sound = results.finite
+        with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is seen below
             results.pooled = results.pooled.astype(self._dtype)
         finite = results.finite
-        for row in readable[~finite]:
-            unit.reasons[row] = TOO_LARGE if self._dtype == np.float16 else NON_FINITE
+        for row in readable[sound & ~finite]:
+            unit.reasons[row] = TOO_LARGE
         good = readable[finite]
         names = (unit.split, unit.number)
         difference = results.difference[finite]

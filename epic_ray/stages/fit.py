@@ -11,7 +11,7 @@ import torch
 from epic_ray.errors import RunFailed
 from epic_ray.logs import Reporter
 from epic_ray.stages.fit_worker import FitJob, work
-from epic_ray.stages.rounds import finished_rounds, read_own_round, read_round
+from epic_ray.stages.rounds import finished_rounds, newest_round, read_own_round, read_round
 from epic_ray.stages.worker_group import WorkerLost, room, run_group, wait_for_room
 
 _POLL_SECONDS = 0.5
@@ -36,6 +36,8 @@ def fit_basis(job: FitJob, reporter: Reporter) -> FitResult:
     A group that lost a worker starts anew and goes on from its newest round. ClusterError: no room for the group.
     """
     rounds = job.config.fit.prototypes_per_channel.rounds
+    if job.config.fit.start == "auto" and newest_round(job.run_dir) is None:
+        reporter.say("fit: trying its two starts for a few rounds each, the network's own channels and varimax")
     with _progress(job, rounds, reporter):
         restarts = _run_rounds(job, rounds, reporter)
     last = read_own_round(job.run_dir, rounds, job.fingerprint)

@@ -37,7 +37,7 @@ from epic_ray.stages.features import FeaturePass
 from epic_ray.stages.loading import load
 from epic_ray.stages.maps import MapGatherer, MapStore
 from epic_ray.stages.resources import Resources, available_cores, peak_memory_bytes, take_device
-from epic_ray.stages.rounds import finished_rounds, read_own_round, write_round
+from epic_ray.stages.rounds import newest_round, read_own_round, write_round
 from epic_ray.stages.search import PooledBlocks, file_blocks
 
 _START_ITERATIONS = 10
@@ -78,14 +78,15 @@ class _Worker:
         schedule = prototypes_per_round(
             settings.start, settings.end, settings.rounds, settings.decay, settings.exact_end
         )
+        state = self._resume() or self._begin(settings.start, weigh)
         try:
-            state = self._resume() or FitState.begin(self._start(settings.start, weigh))
             if self.config.solver == "procrustes":
                 fit_procrustes(self.source, state, schedule, self.reducer, self._on_round, weigh)
             else:
                 self._adam(state, schedule)
         except NonFiniteError as error:
-            raise RunFailed(f"fit: {error}; the features or the settings of fit.adam are at fault") from error
+            also = "the settings of fit.adam or " if self.config.solver == "adam" else ""
+            raise RunFailed(f"fit: {error}; {also}the features are at fault") from error
 
     def _adam(self, state: FitState, schedule: Sequence[int]) -> None:
         adam = self.config.adam
@@ -103,6 +104,15 @@ class _Worker:
             wrap=torch.nn.parallel.DistributedDataParallel if self.reducer.world > 1 else None,
         )
 
+    def _begin(self, prototypes: int, weigh: Weights) -> FitState:
+        """The state before the first round; kept, as choosing a start takes as long as some rounds."""
+        try:
+            state = FitState.begin(self._start(prototypes, weigh))
+        except NonFiniteError as error:
+            raise RunFailed(f"fit: start {self.config.start}: {error}; the features are at fault") from error
+        self._publish(state)
+        return state
+
     def _start(self, prototypes: int, weigh: Weights) -> torch.Tensor:
         chosen, channels = self.config.start, self.source.channel_count
         identity = torch.eye(channels, device=self.device)
@@ -116,8 +126,8 @@ class _Worker:
         return starts[purest_start(self.source, starts, prototypes, self.reducer, weigh)]
 
     def _resume(self) -> FitState | None:
-        number = finished_rounds(self.job.run_dir)
-        if not number:
+        number = newest_round(self.job.run_dir)
+        if number is None:
             return None
         content = read_own_round(self.job.run_dir, number, self.job.fingerprint)
         self.history = content["history"]
@@ -133,8 +143,6 @@ class _Worker:
         )
 
     def _on_round(self, state: FitState, record: RoundRecord) -> None:
-        self._demand_equal_ranks(state.basis)
-        counts = self.source.counts()
         facts = asdict(record)
         self.history.append(
             {
@@ -145,6 +153,11 @@ class _Worker:
             | {key: value for key, value in facts.items() if key != "round"}
         )
         self.seen = np.union1d(self.seen, self.source.chosen)
+        self._publish(state)
+
+    def _publish(self, state: FitState) -> None:
+        self._demand_equal_ranks(state.basis)
+        counts = self.source.counts()
         if self.reducer.rank == 0:
             write_round(self.job.run_dir, self.job.fingerprint, state, self.history, self.seen, counts)
         if dist.is_initialized():
@@ -221,8 +234,9 @@ class StoredMaps:
         images = top.indices[channels, ranks]
         order = images.argsort(stable=True)
         images, channels, ranks = images[order], channels[order], ranks[order]
+        known = images.cpu().numpy()
         for positions, maps in self._store.blocks(self._own_images(top)):
-            low, high = np.searchsorted(images.cpu().numpy(), [positions[0], positions[-1] + 1])
+            low, high = np.searchsorted(known, [positions[0], positions[-1] + 1])
             mine = torch.isin(images[low:high], torch.from_numpy(positions).to(images.device))
             chosen = images[low:high][mine]
             image_slots = torch.searchsorted(torch.from_numpy(positions).to(images.device), chosen)

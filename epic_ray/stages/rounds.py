@@ -1,4 +1,4 @@
-"""The rounds of a fit on disk: `fit/round-NNN.pt`, each all that the next one needs; and U, where a fit has ended."""
+"""The rounds of a fit on disk: `fit/round-NNN.pt`, each all that the next needs, 000 the start; and U at its end."""
 
 import io
 import re
@@ -16,10 +16,15 @@ from epic_ray.run_dir import BASIS, RunDir, round_file
 _ROUND = re.compile(r"fit/round-(\d+)\.pt")
 
 
-def finished_rounds(run_dir: RunDir) -> int:
-    """The number of the newest round; 0 where there is none."""
+def newest_round(run_dir: RunDir) -> int | None:
+    """The number of the newest round on disk: 0 where only the start is chosen, None where there is nothing."""
     numbers = [_ROUND.fullmatch(file) for file in run_dir.list("fit")]
-    return max((int(found[1]) for found in numbers if found), default=0)
+    return max((int(found[1]) for found in numbers if found), default=None)
+
+
+def finished_rounds(run_dir: RunDir) -> int:
+    """How many rounds are done."""
+    return newest_round(run_dir) or 0
 
 
 def read_round(run_dir: RunDir, number: int) -> dict[str, Any]:
@@ -44,8 +49,8 @@ def read_own_round(run_dir: RunDir, number: int, fingerprint: str) -> dict[str, 
 
 def drop_foreign_rounds(run_dir: RunDir, fingerprint: str) -> None:
     """Removes the rounds of another fit (other features or settings)."""
-    number = finished_rounds(run_dir)
-    if number and read_round(run_dir, number)["fingerprint"] != fingerprint:
+    number = newest_round(run_dir)
+    if number is not None and read_round(run_dir, number)["fingerprint"] != fingerprint:
         run_dir.delete(run_dir.list("fit"))
 
 
@@ -57,7 +62,7 @@ def write_round(
     seen: np.ndarray,
     counts: dict[str, int],
 ) -> None:
-    """Publishes a finished round: all that the next one needs."""
+    """Publishes a finished round, or the start as round 0: all that the next one needs."""
     content = {
         "fingerprint": fingerprint,
         "round": state.round,
@@ -77,8 +82,8 @@ def write_round(
 def counts_so_far(run_dir: RunDir, fingerprint: str) -> dict[str, int]:
     """Images decoded and forwarded by the rounds that earlier starts of this same fit have finished."""
     drop_foreign_rounds(run_dir, fingerprint)
-    number = finished_rounds(run_dir)
-    content = read_round(run_dir, number) if number else {"decoded": 0, "forwarded": 0}
+    number = newest_round(run_dir)
+    content = {"decoded": 0, "forwarded": 0} if number is None else read_round(run_dir, number)
     return {key: content[key] for key in ("decoded", "forwarded")}
 
 

@@ -111,3 +111,23 @@ def test_the_start_whose_prototypes_are_purest_after_a_few_rounds_is_chosen(seed
 def test_equal_starts_give_the_first():
     source = ArraySource(rectified_maps())
     assert starts.purest_start(source, [torch.eye(6), torch.eye(6)], 5, ALONE, rank_weights) == 0
+
+
+class OneOfTwo(SingleProcess):
+    """A worker that is sent `word` as the first worker's choice, whatever its own sums say."""
+
+    world = 2
+
+    def __init__(self, word):
+        self.word = word
+
+    def broadcast_(self, tensor):
+        if tensor.numel() == 1:
+            tensor.fill_(self.word)
+
+
+def test_workers_that_disagree_take_the_start_of_the_first():
+    source = ArraySource(rectified_maps(n=60, s=4, d=6, seed=1))
+    bases = [torch.eye(6), random_basis(6, seed=2)]
+    for word in (0, 1):
+        assert starts.purest_start(source, bases, 10, OneOfTwo(word), rank_weights) == word

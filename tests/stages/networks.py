@@ -27,12 +27,12 @@ def odd_net(class_count: int = 3) -> nn.Module:
 
 
 class LoudNet(DigitNet):
-    """Its map of an image that is white all over is finite, but far beyond what half precision holds."""
+    """Its map of an all-white image is finite, but far beyond what half precision holds; of an all-black one NaN."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, class_count) of normalised images (B, 3, 32, 32)."""
-        white = (images > 0.99).flatten(1).all(dim=1)
-        loudness = torch.where(white, 1e8, 1.0)[:, None, None, None]
+        white, black = ((side * images > 0.99).flatten(1).all(dim=1) for side in (1, -1))
+        loudness = torch.where(white, 1e8, torch.where(black, torch.nan, 1.0))[:, None, None, None]
         return self.head(self.pool(self.features(images) * loudness).flatten(1))
 
 

@@ -30,11 +30,13 @@ from epic_ray.config import RunConfig
 from epic_ray.demo import DIGIT_PREPROCESSING
 from epic_ray.errors import ClusterError, ConfigError, InputError, RunFailed
 from epic_ray.logs import Meter, Reporter
+from epic_ray.method.solvers import SingleProcess, rank_weights
+from epic_ray.method.starts import purest_start, quartimax_start, varimax_start
 from epic_ray.run_dir import RunDir, round_file
-from epic_ray.stages import fit, worker_group
-from epic_ray.stages.fit_worker import FitJob
+from epic_ray.stages import fit, fit_worker, worker_group
+from epic_ray.stages.fit_worker import FitJob, StoredMaps
 from epic_ray.stages.resources import first_cause
-from epic_ray.stages.rounds import finished_rounds
+from epic_ray.stages.rounds import finished_rounds, read_round
 from epic_ray.stages.worker_group import run_group, wait_for_room, worker_loss
 
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's processes in /proc")
@@ -134,6 +136,42 @@ def undisturbed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) ->
         return made[solver]
 
     return of
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("asked", ["identity", "quartimax", "varimax", "auto"])
+def test_a_fit_begins_where_its_start_setting_says(prepared, tmp_path, asked):
+    job = prepared.job(tmp_path, workers=0, start=asked)
+    result = fit.fit_basis(job, Listener())
+    source = StoredMaps(job, SingleProcess(), torch.device("cpu"))
+    own = (lambda: source.own_pooled(), 40, 10, SingleProcess())
+    starts = {"identity": torch.eye(40), "quartimax": quartimax_start(*own), "varimax": varimax_start(*own)}
+    if asked == "auto":
+        tried = [starts["identity"], starts["varimax"]]
+        best = purest_start(source, tried, SCHEDULE["start"], SingleProcess(), rank_weights)
+        assert result.start == ("identity", "varimax")[best]
+    else:
+        assert result.start == asked
+    begun = read_round(job.run_dir, 0)
+    assert (begun["round"], begun["history"]) == (0, [])
+    torch.testing.assert_close(begun["start"], starts[result.start], rtol=0, atol=1e-5)
+    assert torch.equal(begun["basis"], begun["start"])
+    distances = sorted(float((starts[name] - begun["start"]).abs().max()) for name in starts)
+    assert distances[1] > 1e-2  # no two starts are alike
+
+
+@pytest.mark.ray
+def test_a_fit_that_was_killed_after_choosing_its_start_does_not_choose_again(prepared, tmp_path, monkeypatch):
+    job = prepared.job(tmp_path, workers=0, start="auto")
+    whole = fit.fit_basis(job, Listener())
+    job.run_dir.delete([file for file in job.run_dir.list("fit") if not file.endswith("round-000.pt")])
+    assert finished_rounds(job.run_dir) == 0
+
+    def choose(*arguments: Any) -> int:
+        raise AssertionError("the start was chosen again")
+
+    monkeypatch.setattr(fit_worker, "purest_start", choose)
+    demand_same(fit.fit_basis(job, Listener()), whole)
 
 
 def demand_same(found: fit.FitResult, expected: fit.FitResult) -> None:

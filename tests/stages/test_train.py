@@ -178,7 +178,9 @@ def test_a_fit_with_two_workers_equals_one_process(settings, solver):
 
 @pytest.mark.parametrize(("weights", "weigh"), [("rank", rank_weights), ("equal", equal_weights)])
 def test_the_fit_weighs_prototypes_by_rank_or_equally_as_it_is_told(settings, weights, weigh):
-    config = settings(fit={"weights": weights, "prototypes_per_channel": {"start": 12, "end": 12, "rounds": 2}})
+    config = settings(
+        fit={"start": "identity", "weights": weights, "prototypes_per_channel": {"start": 12, "end": 12, "rounds": 2}}
+    )
     _, run_dir = run_once(config)
     source = ArraySource(loop_over_images(config, "train")[1])
     start = FitState.begin(torch.eye(40))
