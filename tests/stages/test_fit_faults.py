@@ -144,8 +144,12 @@ def test_a_fit_begins_where_its_start_setting_says(prepared, tmp_path, asked):
     job = prepared.job(tmp_path, workers=0, start=asked)
     result = fit.fit_basis(job, Listener())
     source = StoredMaps(job, SingleProcess(), torch.device("cpu"))
-    own = (lambda: source.own_pooled(), 40, 10, SingleProcess())
-    starts = {"identity": torch.eye(40), "quartimax": quartimax_start(*own), "varimax": varimax_start(*own)}
+    own = (source.own_pooled, source.channel_count, 10, SingleProcess())
+    starts = {
+        "identity": torch.eye(source.channel_count),
+        "quartimax": quartimax_start(*own),
+        "varimax": varimax_start(*own),
+    }
     if asked == "auto":
         tried = [starts["identity"], starts["varimax"]]
         best = purest_start(source, tried, SCHEDULE["start"], SingleProcess(), rank_weights)
