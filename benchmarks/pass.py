@@ -14,7 +14,8 @@ figures, each over the bare loop's images/s of the same pair:
 * steady: the images committed after every actor had its first unit done (commit number `actors`), over the seconds
   from then to the last commit. What was decoded beyond those first units by then is charged: its images over the
   images/s of decoding alone are added to the seconds. This is the figure of the demand.
-* at least: as steady, but what was decoded before the window does not count at all, although it is forwarded within.
+* at least: as steady, but what was decoded before the window does not count at all, although it is forwarded within; 0
+  where all of it was.
 
 Images are synthetic JPEGs of 500 x 375, or with --photos those beside the repository; the network is ResNet-18.
 """

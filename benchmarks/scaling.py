@@ -5,7 +5,8 @@
 A stand-in actor sleeps for as long as a classifier of `--rate` images a second would compute, then publishes files of
 synthetic features as the real one does; a stand-in decoder reads the manifest and makes pictures of a pixel. All else
 is real: the listing, Ray Data, actors (one fake GPU each), the notes of attempts, Parquet files, their commits. A run
-of fewer actors has fewer rows, so that all take about as long; decoding begins when all actors have started.
+of fewer actors has fewer rows, so that all take about as long; decoding begins when all actors have started,
+and runs at most three units an actor ahead of the commits.
 
 Efficiency is images a second between 10 and 90 % of the rows over actors x rate; "decoded within" tells how many units
 were decoded between the same two moments, of those committed: less than 100 % where decoding had run ahead. CPU and
@@ -35,6 +36,7 @@ from epic_ray.stages.unit_actor import Unit, UnitActor
 from epic_ray.stages.units import UnitFacts
 
 SECONDS_BETWEEN_LOOKS = 0.5
+UNITS_AHEAD = 3  # of each actor: Ray Data hands it two
 LEAST_EFFICIENCY = 0.9
 MOST_DRIVER_BYTES = 2 * 1024**3
 
@@ -44,7 +46,10 @@ class StandInDecoder(DecodeUnit):
 
     def _decode_rows(self, reader: Any, rows: pa.Table, careful: bool) -> Decoded:
         beside = Path(str(self._run_dir)).parent
-        wait_for_all(beside / "ready", int((beside / "actors").read_text()))  # their work is within the clock
+        actors = int((beside / "actors").read_text())
+        wait_for_all(beside / "ready", actors)
+        while len(os.listdir(beside / "decoded")) >= count_commits(beside) + UNITS_AHEAD * actors:
+            time.sleep(0.1)  # so that most decoding is within the clock, as in a pass whose decoding costs something
         (beside / "decoded" / str(rows["position"][0].as_py())).touch()
         decoded = Decoded.blank(rows.num_rows, self._preprocessing)
         decoded.sizes_px[:] = 500, 375
@@ -96,6 +101,12 @@ def wait_for_all(ready: Path, actors: int) -> None:
         time.sleep(0.2)
 
 
+def count_commits(folder: Path) -> int:
+    """Units that are committed so far."""
+    commits = folder / "run/tables/images/train"
+    return sum(name.startswith("unit-") for name in os.listdir(commits)) if commits.exists() else 0
+
+
 @dataclass(frozen=True)
 class Look:
     """What had been done at a moment: CPU seconds of the driver and of Ray, units decoded and committed."""
@@ -111,7 +122,7 @@ class Watch:
     """Looks at a pass while it runs, again and again, and keeps the peaks of memory."""
 
     def __init__(self, folder: Path) -> None:
-        self._commits, self._decoded, self._ended = folder / "run/tables/images/train", folder / "decoded", Event()
+        self._folder, self._ended = folder, Event()
         self._ray = ray_processes()
         self.looks: list[Look] = []
         self.store_bytes, self.ray_bytes = 0.0, 0
@@ -133,8 +144,7 @@ class Watch:
         whole, ended = ray.cluster_resources()["object_store_memory"], False
         while not ended:
             ended = self._ended.wait(SECONDS_BETWEEN_LOOKS)
-            names = os.listdir(self._commits) if self._commits.exists() else []
-            committed, decoded = sum(name.startswith("unit-") for name in names), len(os.listdir(self._decoded))
+            committed, decoded = count_commits(self._folder), len(os.listdir(self._folder / "decoded"))
             ray_cpu = sum(sum(process.cpu_times()[:2]) for process in self._ray)
             self.looks.append(Look(time.monotonic(), cpu_seconds(), ray_cpu, decoded, committed))
             self.ray_bytes = max(self.ray_bytes, sum(process.memory_info().rss for process in self._ray))
