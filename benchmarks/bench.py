@@ -85,6 +85,19 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def verdict(name: str, demanded: str, found: str, reached: bool) -> dict[str, str]:
+    """A demand and what was found, as a row of a table."""
+    return {"": name, "demanded": demanded, "found": found, "reached": "yes" if reached else "**no**"}
+
+
+def conclude(verdicts: Iterable[Mapping[str, Any]]) -> None:
+    """Prints the rows of `verdict`; ends the script with exit code 1 where a demand is not reached."""
+    rows = list(verdicts)
+    print("\n" + table(rows), flush=True)
+    if any(row["reached"] != "yes" for row in rows):
+        sys.exit(1)
+
+
 def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()

@@ -3,13 +3,14 @@
     python benchmarks/explain.py [--images 1024] [--repeats 5] [--photos]
 
 One image: the command `epic-ray explain RUN IMAGE`, from the shell, and what of it comes after its imports: opening the
-run, loading and proving the classifier, the explanation, its picture with the prototypes. A split: images a second of
-`epic-ray explain --split val`, steady, against those of the pass that `train` made of as many images of the same kind.
-Images and network as in pass.py.
+run, loading and proving the classifier, the explanation, its picture with the prototypes. A split: the pass of
+`epic-ray explain --split val` against the pass that `train` makes of as many images of the same kind, in turn; whole
+and steady are what pass.py calls so, with decoding ahead charged to both. Images and network as in pass.py.
 """
 
 import argparse
 import importlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,8 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bench
+from bare_loop import BareLoops, Loop
+
+from epic_ray.stages.resources import available_cores
 
 pass_benchmark = importlib.import_module("pass")
 
@@ -49,19 +54,47 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, files = pass_benchmark.prepare(folder, 2 * arguments.images, arguments.photos)
+        decode = decoding_alone(model, files[: arguments.images])
         hold_out_half(folder, files)
-        run, passed = train(model, folder, arguments.unit)
-        one = [explain_one(run, next((folder / "images/val").rglob("*.*"))) for _ in range(arguments.repeats)]
-        rates = [explain_split(run) for _ in range(arguments.repeats)]
-    print(f"{arguments.images} images to fit on, as many to explain, units of {arguments.unit}\n")
-    rows = [
-        {"what": "one image, after imports", "median": f"{statistics.median(part for part, _ in one):.2f} s"},
-        {"what": "one image, the command", "median": f"{statistics.median(whole for _, whole in one):.2f} s"},
-        {"what": "the pass of train, steady", "median": f"{passed:.1f} images/s"},
-        {"what": "explain --split val, steady", "median": f"{statistics.median(rates):.1f} images/s"},
-        {"what": "ratio", "median": f"{statistics.median(rates) / passed:.2f}"},
-    ]
-    print(bench.table(rows))
+        run = train(model, folder, arguments.unit)
+        image = next((folder / "images/val").rglob("*.*"))
+        one = [explain_one(run, image) for _ in range(arguments.repeats)]
+        passes = [
+            (explain_split(run), pass_benchmark.time_pass(model, folder, arguments.unit, f"pass-{number}"))
+            for number in range(arguments.repeats)
+        ]
+    after, whole = (statistics.median(times) for times in zip(*one, strict=True))
+    print(bench.table([{"one image": "after imports", "s": f"{after:.2f}"}, {"one image": "all", "s": f"{whole:.2f}"}]))
+    print(f"\n{arguments.images} images to fit on, as many to explain, units of {arguments.unit}\n")
+    pairs = [(explained.rates(decode), passed.rates(decode)) for explained, passed in passes]
+    print(bench.table(row(pairs, figure) for figure in pass_benchmark.FIGURES))
+    ratio = statistics.median(ours["steady"] / base["steady"] for ours, base in pairs)
+    bench.conclude(
+        [
+            bench.verdict("s of one image, after imports", "≤ 2", f"{after:.2f}", after <= 2),
+            bench.verdict("images/s over those of the pass, steady", "≥ 0.85", f"{ratio:.2f}", ratio >= 0.85),
+        ]
+    )
+
+
+def row(pairs: list[tuple[dict[str, float], dict[str, float]]], figure: str) -> dict[str, Any]:
+    """A figure of both passes; the ratio is of each pair."""
+    ratios = [ours[figure] / base[figure] for ours, base in pairs]
+    return {
+        "figure": figure,
+        "explain images/s": f"{statistics.median(ours[figure] for ours, _ in pairs):.1f}",
+        "pass images/s": f"{statistics.median(base[figure] for _, base in pairs):.1f}",
+        "ratio": f"{statistics.median(ratios):.2f}",
+        "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
+        "runs": len(ratios),
+    }
+
+
+def decoding_alone(model: dict[str, Any], files: list[str]) -> float:
+    """Images a second of decoding alone, a process a core."""
+    with BareLoops(model, available_cores()) as loops:
+        loop = Loop(available_cores(), 1, 64, False)
+        return statistics.median(loops.run(files, loop, "decode") for _ in range(3))
 
 
 def hold_out_half(folder: Path, files: list[str]) -> None:
@@ -72,8 +105,8 @@ def hold_out_half(folder: Path, files: list[str]) -> None:
         file.rename(target)
 
 
-def train(model: dict[str, Any], folder: Path, unit: int) -> tuple[Path, float]:
-    """A finished run, and the steady rate of its pass in images a second."""
+def train(model: dict[str, Any], folder: Path, unit: int) -> Path:
+    """A finished run."""
     from epic_ray import pipeline
     from epic_ray.config import build_config
     from epic_ray.logs import Reporter
@@ -86,7 +119,7 @@ def train(model: dict[str, Any], folder: Path, unit: int) -> tuple[Path, float]:
         "output": {"root": str(folder / "runs")},
     }
     pipeline.train(build_config(settings, "benchmark"), Reporter())
-    return folder / "runs/run", steady_rate(folder / "runs/run/tables/images", unit)
+    return folder / "runs/run"
 
 
 def explain_one(run: Path, image: Path) -> tuple[float, float]:
@@ -98,26 +131,26 @@ def explain_one(run: Path, image: Path) -> tuple[float, float]:
     return float(timed.stderr.rsplit("after imports: ", 1)[1]), time.perf_counter() - start
 
 
-def explain_split(run: Path) -> float:
-    """The steady rate of the pass of `explain`, in images a second; what it left is removed first."""
+def explain_split(run: Path) -> Any:
+    """The pass of `explain`, timed (`Passed` of pass.py); what it left before is removed first."""
     from epic_ray import pipeline
     from epic_ray.logs import Reporter
     from epic_ray.run_dir import RunDir
 
-    where = RunDir(str(run))
-    where.delete_folder("tables/explanations")
-    opened, record = pipeline.open_finished(where, Reporter())
-    pipeline.explain(opened, record, "val")
-    return steady_rate(run / "tables/explanations", opened.config.features.unit_size)
+    shutil.rmtree(run / "tables/explanations", ignore_errors=True)
+    seen: list[Any] = []
 
+    def timed_pass(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        totals = run_pass(*arguments, decoder=pass_benchmark.TimedDecode)
+        seen.append((len(totals.actors), time.perf_counter() - start))
+        return totals
 
-def steady_rate(folder: Path, unit: int) -> float:
-    """Images a second from the commit of every actor's first unit to the last."""
-    import ray
-
-    actors = max(1, min(bench.cores(), int(ray.cluster_resources().get("GPU", 0)) or bench.cores()))
-    commits = sorted(file.stat().st_mtime for file in folder.rglob("unit-*"))
-    return (len(commits) - actors) * unit / (commits[-1] - commits[actors - 1])
+    run_pass = pipeline.run_pass
+    opened, record = pipeline.open_finished(RunDir(str(run)), Reporter())
+    with mock.patch.object(pipeline, "run_pass", timed_pass):
+        pipeline.explain(opened, record, "val")
+    return pass_benchmark.Passed.of(run, "explanations", *seen[0])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 """The feature pass against a bare loop that decodes and infers the same files on the same cores.
 
-    python benchmarks/pass.py [--images 1024] [--units 64 128] [--repeats 5] [--photos]
+    python benchmarks/pass.py [--images 1536] [--units 128 256] [--repeats 5] [--photos]
 
-The bare loop is the best of several: one process with all threads or a process a core, small batches or large, decoding
-in line or ahead. It reads, decodes and forwards the files and keeps pooled features and predictions in memory; it
-writes nothing, checks nothing and loses everything when it dies. Its imports and the loading of its model are not
-counted. Ours is the stage `features` of a real run, from images to committed Parquet files: as a whole, with the start
-of its actors, and at its steady rate, from the first commit of every actor to the last of all.
+The bare loop reads, decodes and forwards the files and keeps pooled features and predictions in memory; it writes
+nothing, checks nothing and loses everything when it dies. It has all cores, in the fastest of several settings: one
+process with all threads, a process a core, or (from 8 cores) processes of four threads; batches small or large;
+decoding in line or ahead. Its imports and the loading of its model are not counted, and no Ray stands beside it.
+
+Ours is the pass of the stage `features`, from listed images to committed Parquet files, for each size of unit. Three
+figures, each over the bare loop's images/s of the same pair:
+
+* whole: all images over all seconds, the start of the actors (imports, loading) included; that of Ray is not.
+* steady: the images committed after every actor had its first unit done (commit number `actors`), over the seconds
+  from then to the last commit. What was decoded beyond those first units by then is charged: its images over the
+  images/s of decoding alone are added to the seconds. This is the figure of the demand.
+* at least: as steady, but what was decoded before the window does not count at all, although it is forwarded within; 0
+  where all of it was.
 
 Images are synthetic JPEGs of 500 x 375, or with --photos those beside the repository; the network is ResNet-18.
 """
@@ -14,60 +23,55 @@ Images are synthetic JPEGs of 500 x 375, or with --photos those beside the repos
 import argparse
 import io
 import json
-import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bench
 import numpy as np
+import pyarrow as pa
+from bare_loop import BareLoops, Loop, best_loop
 from PIL import Image
 
-TRIAL_IMAGES = 128
-LONGEST_SECONDS = 3600  # that one loop may take
+from epic_ray.run_dir import unit_file
+from epic_ray.stages.decode_unit import DecodeUnit
+from epic_ray.stages.images import UnitRange
+from epic_ray.stages.resources import available_cores
 
-
-@dataclass(frozen=True)
-class Loop:
-    """How the bare loop works: processes, threads of each, images of a batch, whether another thread decodes ahead."""
-
-    processes: int
-    threads: int
-    batch: int
-    ahead: bool
-
-    def __str__(self) -> str:
-        decode = "decoding ahead" if self.ahead else "decoding in line"
-        return f"{self.processes} process(es) x {self.threads} thread(s), batch {self.batch}, {decode}"
+LEAST_RATIO = 0.9
+FIGURES = ("whole", "steady", "at least")
 
 
 def main() -> None:
     """Finds the bare loop's best setting, then times both in turn for each size of unit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1024, help="images of a run")
-    parser.add_argument("--units", type=int, nargs="+", default=[64, 128], help="images of a unit, several to try")
+    parser.add_argument("--images", type=int, default=1536, help="images of a run")
+    parser.add_argument("--units", type=int, nargs="+", default=[128, 256], help="images of a unit, several to try")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each")
     parser.add_argument("--photos", action="store_true", help="the shared photos and weights")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model, files = prepare(Path(folder), arguments.images, arguments.photos)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, files = prepare(folder, arguments.images, arguments.photos)
         print(bench.heading() + "\n")
-        with BareLoops(model, bench.cores()) as loops:
+        with BareLoops(model, available_cores()) as loops:
             loop, trials = best_loop(loops, files)
             print(bench.table([{"bare loop": str(tried), "images/s": f"{rate:.1f}"} for tried, rate in trials.items()]))
             print(f"\nThe bare loop from here on: {loop}; {len(files)} images.\n", flush=True)
-            rows = [
-                compare(loops, model, files, loop, unit, arguments.repeats, Path(folder)) for unit in arguments.units
-            ]
-            parts = alone(loops, files, loop)
-    print(bench.table(rows) + "\n")
-    print(bench.table([{"part alone": name, "images/s": f"{rate:.1f}"} for name, rate in parts.items()]))
+            pairs = {
+                unit: [compare(loops, model, files, loop, unit, folder, run) for run in range(arguments.repeats)]
+                for unit in arguments.units
+            }
+            forwards = statistics.median(loops.run(files, loop, "compute") for _ in range(3))
+    print(bench.table(row for unit in pairs for row in rows_of(unit, pairs[unit])) + "\n")
+    decode = statistics.median(pair.decode for unit in pairs for pair in pairs[unit])
+    alone = {"decode": decode, "forwards": forwards}
+    print(bench.table([{"part alone": name, "images/s": f"{rate:.1f}"} for name, rate in alone.items()]))
+    bench.conclude(verdict(pairs))
 
 
 def prepare(folder: Path, count: int, photos: bool) -> tuple[dict[str, Any], list[str]]:
@@ -107,160 +111,145 @@ def synthetic_jpeg(seed: int, size: tuple[int, int] = (500, 375)) -> bytes:
     return buffer.getvalue()
 
 
-# --- the bare loop
+class TimedDecode(DecodeUnit):
+    """Decodes as ever, and notes beside the run when it did."""
 
-
-class BareLoops:
-    """Processes that wait with a loaded network for a loop to run. They are started once, and not timed."""
-
-    def __init__(self, model: dict[str, Any], count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._answers = context.Queue()
-        self._orders = [context.Queue() for _ in range(count)]
-        self._workers = [
-            context.Process(target=_serve, args=(model, orders, self._answers), daemon=True) for orders in self._orders
-        ]
-        for worker in self._workers:
-            worker.start()
-
-    def __enter__(self) -> "BareLoops":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for worker in self._workers:
-            worker.terminate()
-            worker.join()
-
-    def run(self, files: list[str], loop: Loop, part: str = "") -> float:
-        """Images a second of the loop, or of a part of it (`decode`, `compute`) alone."""
-        orders = self._orders[: loop.processes]
-        for number, order in enumerate(orders):
-            order.put((asdict(loop), files[number :: loop.processes], part))
-        self._collect(loop.processes)  # all have warmed up
-        for order in orders:
-            order.put("go")
-        spans = self._collect(loop.processes)
-        return len(files) / (max(end for _, end in spans) - min(begin for begin, _ in spans))
-
-    def _collect(self, count: int) -> list[Any]:
-        return [self._answers.get(timeout=LONGEST_SECONDS) for _ in range(count)]
-
-
-def best_loop(loops: BareLoops, files: list[str]) -> tuple[Loop, dict[Loop, float]]:
-    """The fastest of the settings on some of the files, and the images/s of each."""
-    cores = bench.cores()
-    shapes = [(1, cores)] + ([(cores, 1)] if cores > 1 else [])
-    some = files[:: max(1, len(files) // TRIAL_IMAGES)][:TRIAL_IMAGES]
-    settings = [Loop(*shape, batch, ahead) for shape, batch, ahead in product(shapes, (16, 64), (False, True))]
-    trials = {loop: loops.run(some, loop) for loop in settings}
-    return max(trials, key=lambda loop: trials[loop]), trials
-
-
-def _serve(model: dict[str, Any], orders: Any, answers: Any) -> None:
-    import torch
-
-    from epic_ray.config import ModelConfig
-    from epic_ray.stages.loading import load
-
-    classifier = load(ModelConfig.model_validate(model))
-    network = classifier.model.to(memory_format=torch.channels_last)
-    pooled: list[torch.Tensor] = []
-    pool = next(module for name, module in network.named_modules() if name == "avgpool")
-    pool.register_forward_hook(lambda module, taken, found: pooled.append(found.flatten(1)))
-    while True:
-        loop, files, part = orders.get()
-        torch.set_num_threads(loop["threads"])
-        still = torch.zeros((loop["batch"], *classifier.preprocessing.crop, 3), dtype=torch.uint8)
-        with torch.inference_mode():
-            network(classifier.normalise(still))
-            pooled.clear()
-            answers.put("ready")
-            orders.get()
-            begin = time.time()
-            for images in _batches(
-                files, loop["batch"], classifier, loop["ahead"], still if part == "compute" else None
-            ):
-                if part != "decode":
-                    network(classifier.normalise(images)).argmax(dim=1)
-            answers.put((begin, time.time()))
-        pooled.clear()
-
-
-def _batches(files: list[str], size: int, classifier: Any, ahead: bool, still: Any) -> Iterator[Any]:
-    import torch
-
-    from epic_ray.method.preprocessing import decode_image
-
-    def read(paths: list[str]) -> torch.Tensor:
-        if still is not None:
-            return still[: len(paths)]
-        return torch.from_numpy(
-            np.stack([classifier.preprocessing.apply(decode_image(Path(path).read_bytes())) for path in paths])
+    def _decode(self, unit: UnitRange) -> pa.Table:
+        begin = time.time()
+        rows = super()._decode(unit)
+        about = {"split": unit.split, "number": unit.number, "rows": unit.count, "begin": begin, "end": time.time()}
+        text = json.dumps(about).encode()
+        self._run_dir.publish(
+            f"timed/{unit.split}-{unit.number}", lambda file: file.write(text) and None, durable=False
         )
-
-    chunks = [files[place : place + size] for place in range(0, len(files), size)]
-    if not ahead:
-        yield from map(read, chunks)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read, chunks[0])
-        for chunk in chunks[1:]:
-            images, coming = coming.result(), pool.submit(read, chunk)
-            yield images
-        yield coming.result()
+        return rows
 
 
-def alone(loops: BareLoops, files: list[str], loop: Loop) -> dict[str, float]:
-    """Images a second of decoding alone and of forwards alone, each in the loop's processes."""
-    return {"decode": loops.run(files, loop, "decode"), "forwards": loops.run(files, loop, "compute")}
+@dataclass(frozen=True)
+class Passed:
+    """A pass that was timed. The window is from the first commit of every actor to the last of all.
+
+    ahead: images beyond those first units that were decoded when the window opened.
+    """
+
+    images: int
+    seconds: float
+    window_images: int
+    window_seconds: float
+    ahead: float
+
+    @classmethod
+    def of(cls, run: Path, table: str, actors: int, seconds: float) -> "Passed":
+        """From the notes of `TimedDecode` and the files of the table that commits a unit."""
+        notes = [json.loads(file.read_text()) for file in (run / "timed").iterdir()]
+        commits = [(run / unit_file(table, note["split"], note["number"])).stat().st_mtime for note in notes]
+        if len(notes) <= actors:
+            sys.exit(f"{len(notes)} unit(s) for {actors} actor(s): nothing to time; more --images, or smaller units")
+        opens = sorted(commits)[actors - 1]
+        within = sum(note["rows"] for note, commit in zip(notes, commits, strict=True) if commit > opens)
+        images = sum(note["rows"] for note in notes)
+        decoded = sum(
+            note["rows"] * min(1.0, max(0.0, (opens - note["begin"]) / (note["end"] - note["begin"]))) for note in notes
+        )
+        return cls(images, seconds, within, max(commits) - opens, max(0.0, decoded - (images - within)))
+
+    def rates(self, decode: float) -> dict[str, float]:
+        """Images a second: the three figures. decode: images a second of decoding alone."""
+        steady = self.window_images / (self.window_seconds + self.ahead / decode)
+        least = (self.window_images - self.ahead) / self.window_seconds
+        return dict(zip(FIGURES, (self.images / self.seconds, steady, least), strict=True))
 
 
-# --- ours
+@dataclass(frozen=True)
+class Pair:
+    """Ours and the bare loop, one after the other; decode: images a second of the loop's decoding alone."""
+
+    ours: dict[str, float]
+    bare: float
+    decode: float
 
 
 def compare(
-    loops: BareLoops, model: dict[str, Any], files: list[str], loop: Loop, unit: int, repeats: int, folder: Path
-) -> dict[str, Any]:
-    """A row of the table: both in turn, `repeats` times."""
-    whole, steady, bare = [], [], []
-    for number in range(repeats):
-        ours = run_ours(model, folder, unit, f"run-{unit}-{number}")
-        whole.append(ours[0])
-        steady.append(ours[1])
-        bare.append(loops.run(files, loop))
-    ratios = [mine / theirs for mine, theirs in zip(steady, bare, strict=True)]
-    return {
-        "unit": unit,
-        "bare images/s": f"{statistics.median(bare):.1f}",
-        "ours, steady": f"{statistics.median(steady):.1f}",
-        "ratio": f"{statistics.median(ratios):.2f}",
-        "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
-        "ours, with the start of actors": f"{statistics.median(whole):.1f}",
-        "runs": repeats,
-    }
+    loops: BareLoops, model: dict[str, Any], files: list[str], loop: Loop, unit: int, folder: Path, run: int
+) -> Pair:
+    """Both in turn; no Ray is left standing beside the bare loop."""
+    import ray
+
+    passed = time_pass(model, folder, unit, f"run-{unit}-{run}")
+    ray.shutdown()
+    decode = loops.run(files, loop, "decode")
+    return Pair(passed.rates(decode), loops.run(files, loop), decode)
+
+
+def rows_of(unit: int, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """The three figures of a size of unit."""
+    rows = []
+    for figure in FIGURES:
+        ratios = [pair.ours[figure] / pair.bare for pair in pairs]
+        rows.append(
+            {
+                "unit": unit,
+                "ours": figure,
+                "ours images/s": f"{statistics.median(pair.ours[figure] for pair in pairs):.1f}",
+                "bare images/s": f"{statistics.median(pair.bare for pair in pairs):.1f}",
+                "ratio": f"{statistics.median(ratios):.2f}",
+                "range": f"{min(ratios):.2f} to {max(ratios):.2f}",
+                "runs": len(pairs),
+            }
+        )
+    return rows
+
+
+def verdict(pairs: dict[int, list[Pair]]) -> list[dict[str, Any]]:
+    """The demand, at the larger size of unit."""
+    unit = max(pairs)
+    ratio = statistics.median(pair.ours["steady"] / pair.bare for pair in pairs[unit])
+    demand = f"images/s over the bare loop's, steady, units of {unit}"
+    return [bench.verdict(demand, f"≥ {LEAST_RATIO:.2f}", f"{ratio:.2f}", ratio >= LEAST_RATIO)]
 
 
 def run_ours(model: dict[str, Any], folder: Path, unit: int, name: str) -> tuple[float, float]:
-    """Images a second of the stage `features`, as a whole and at its steady rate."""
-    from epic_ray import pipeline
+    """Images a second of the pass, as a whole and (at least) steady."""
+    passed = time_pass(model, folder, unit, name)
+    rates = passed.rates(float("inf"))
+    return rates["whole"], rates["at least"]
+
+
+def time_pass(model: dict[str, Any], folder: Path, unit: int, name: str) -> Passed:
+    """The pass of a new run over the images of `train`, as the stage `features` makes it; Ray is left running."""
     from epic_ray.config import build_config
     from epic_ray.logs import Reporter
+    from epic_ray.run import open_run
+    from epic_ray.stages import features
+    from epic_ray.stages.image_pass import run_pass
+    from epic_ray.stages.resources import resolve_resources, start_ray
 
     settings = {
         "name": name,
         "model": model,
         "data": {"root": str(folder / "images"), "splits": {"train": "train"}, "labels": "none"},
-        "features": {"unit_size": unit, "map_budget_bytes": 0},
-        "fit": {"start": "identity", "prototypes_per_channel": {"start": 1, "end": 1, "rounds": 1}},
-        "prototypes": {"per_channel": 1},
+        "features": {"unit_size": unit},
         "output": {"root": str(folder / "runs")},
     }
-    record = pipeline.train(build_config(settings, "benchmark"), Reporter())
-    commits = sorted(file.stat().st_mtime for file in (folder / "runs" / name / "tables/images").rglob("unit-*"))
-    actors = json.loads((folder / "runs" / name / "marks/features.json").read_text())["actors"]
-    images = record["counts"]["images"]
-    steady = (images - actors * unit) / (commits[-1] - commits[actors - 1])
-    return images / record["seconds"]["features"], steady
+    run = open_run(build_config(settings, "benchmark"), Reporter())
+    run.listing.publish(run.classes)
+    start_ray()
+    resources = resolve_resources(run.config.resources)
+    images, made_from = run.images["train"], run.unit_fingerprint(resources.device)
+    given = {"run_dir": run.run_dir, "model": run.config.model, "resources": resources}
+    start = time.perf_counter()
+    totals = run_pass(
+        "features",
+        features.FeatureActor,
+        given | {"keep_maps": False, "dtype": run.config.features.dtype},
+        lambda: features.units_to_do(run.run_dir, images, made_from, False),
+        run.classifier.preprocessing,
+        resources,
+        Reporter(),
+        images.rows,
+        TimedDecode,
+    )
+    return Passed.of(folder / "runs" / name, "images", len(totals.actors), time.perf_counter() - start)
 
 
 if __name__ == "__main__":
