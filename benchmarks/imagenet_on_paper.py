@@ -27,11 +27,11 @@ SCENARIOS: dict[str, dict[str, float]] = {
     "tf32 (6,000 images/s assumed)": {"forward": 6000},
     "bfloat16 (10,000 images/s assumed)": {"forward": 10_000},
     "feature cache of 12 GB": {"cache": 12e9},
-    "maps and features in memory, not read from disk": {"maps": 10e9, "cache": 12e9},
-    "tf32, maps and features in memory": {"forward": 6000, "maps": 10e9, "cache": 12e9},
-    "bfloat16, maps and features in memory": {"forward": 10_000, "maps": 10e9, "cache": 12e9},
-    "tf32, the run folder in memory": {"forward": 6000, "maps": 10e9, "cache": 12e9, "disk": 10e9},
-    "bfloat16, the run folder in memory": {"forward": 10_000, "maps": 10e9, "cache": 12e9, "disk": 10e9},
+    "maps read from memory, features kept": {"maps": 10e9, "cache": 12e9},
+    "tf32, maps read from memory, features kept": {"forward": 6000, "maps": 10e9, "cache": 12e9},
+    "bfloat16, maps read from memory, features kept": {"forward": 10_000, "maps": 10e9, "cache": 12e9},
+    "tf32, the run folder in memory too": {"forward": 6000, "maps": 10e9, "cache": 12e9, "disk": 10e9},
+    "bfloat16, the run folder in memory too": {"forward": 10_000, "maps": 10e9, "cache": 12e9, "disk": 10e9},
 }
 
 
@@ -79,9 +79,11 @@ def main() -> None:
     given.cache = cache_bytes if given.cache is None else given.cache
     print(f"{bench.heading()}\n\nRates\n")
     print(bench.table(rate_rows(given)))
-    print(
-        f"\nRounds of {', '.join(map(str, given.schedule))} prototypes a channel; a cache of {given.cache:,.0f} bytes.\n"
-    )
+    rounds = ", ".join(map(str, given.schedule))
+    print(f"\nRounds of {rounds} prototypes a channel; {given.cache:,.0f} bytes of features kept by each worker.")
+    maps, features = _Work(1, given).maps_bytes() / 1e9, FLOAT_BYTES * given.channels * IMAGES / 1e9
+    print(f"Maps of the images that the rounds choose: {maps:,.0f} GB; features: {features:,.1f} GB. What says memory")
+    print("below needs room for both, and for the features again where they are kept.\n")
     print(bench.table([row(gpus, given) for gpus in given.gpus]))
     print(f"\nOne GPU with {given.cores_per_gpu} cores; the aim is {AIM_SECONDS / 60:.0f} minutes\n")
     print(bench.table([scenario(name, changed, given) for name, changed in SCENARIOS.items()]))
