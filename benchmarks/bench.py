@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+if str(REPOSITORY) not in sys.path:  # the scripts work on this copy of the code, installed or not
+    sys.path.insert(0, str(REPOSITORY))
 
 
 def heading() -> str:
@@ -20,14 +22,12 @@ def heading() -> str:
     import torch
 
     command = " ".join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]])
-    asked = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
-    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "no commit"
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "pyarrow", "numpy") if _has(name))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
-    machine = f"{cores()} cores of {_processor()}, {memory:.0f} GiB{gpu}"
+    machine = f"{cores()} cores of {_processor()}, {memory:.0f} GiB{gpu}, load {_load()}"
     python = platform.python_version()
-    return f"`{command}`, {time.strftime('%Y-%m-%d')}, {commit}; Python {python}, {libraries}; {machine}"
+    return f"`{command}`, {time.strftime('%Y-%m-%d')}, {_commit()}; Python {python}, {libraries}; {machine}"
 
 
 def cores() -> int:
@@ -102,6 +102,19 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def _commit() -> str:
+    asked = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "no commit"
+    except OSError:  # no git here
+        return "no commit"
+
+
+def _load() -> str:
+    """Processes that wanted a core during the last minute: a busy machine shows."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def _has(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Peak memory of the driver against the number of images: a real run over a synthetic data set of each size.
 
-    python benchmarks/driver_memory.py 10000 100000 1280000 [--folder DIR]
+    python benchmarks/driver_memory.py 10000 200000 1280000 [--folder DIR]
 
 The images are tiny PNGs in Parquet files, 10,000 different ones repeated; the network is the demo's. What grows with
 the number of images in the process that drives the run would stop it at ImageNet's size; nothing should.
@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import bench
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +27,7 @@ DIFFERENT = 10_000
 
 
 def main() -> None:
-    """Makes the data sets, runs `epic-ray train` on each in a process of its own, prints one line a size."""
+    """Makes the data sets, runs `epic-ray train` on each in a process of its own, prints a row a size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=int, nargs="+", help="images of each run")
     parser.add_argument("--folder", type=Path, help="where data and runs go (default: a temporary folder)")
@@ -33,16 +35,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         images = encode(DIFFERENT)
-        print("     images   units  listing   pass  images/s  driver peak  actor peak   run s")
-        for rows in arguments.rows:
-            record, seconds = measure(folder / str(rows), images, rows)
-            peak = record["peak_memory_bytes"]
-            print(
-                f"{rows:>11,} {record['units']['all']:>7} {record['seconds']['images']:>7.1f}s "
-                f"{record['seconds']['features']:>6.0f}s {record['images_per_second']:>8.0f} "
-                f"{peak['driver'] / 2**20:>8.0f} MiB {peak['feature_actor'] / 2**20:>7.0f} MiB {seconds:>7.0f}",
-                flush=True,
-            )
+        rows = [row(folder, images, count) for count in arguments.rows]
+    print(f"{bench.heading()}\n\n{bench.table(rows)}")
+
+
+def row(folder: Path, images: list[bytes], count: int) -> dict[str, Any]:
+    """A run over so many images, told on stderr as soon as it is done."""
+    record, seconds = measure(folder / str(count), images, count)
+    peak = record["peak_memory_bytes"]
+    told = {
+        "images": f"{count:,}",
+        "units": record["units"]["all"],
+        "listing s": f"{record['seconds']['images']:.1f}",
+        "pass s": f"{record['seconds']['features']:.0f}",
+        "images/s": f"{record['images_per_second']:,.0f}",
+        "driver peak": f"{peak['driver'] / 2**20:,.0f} MiB",
+        "actor peak": f"{peak['feature_actor'] / 2**20:,.0f} MiB",
+        "run s": f"{seconds:.0f}",
+    }
+    print(told, file=sys.stderr, flush=True)
+    return told
 
 
 def encode(count: int) -> list[bytes]:

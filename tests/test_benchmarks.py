@@ -1,11 +1,14 @@
 """The benchmarks can be called, and the baseline of `end_to_end` does the work that it stands for."""
 
 import importlib
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +21,8 @@ from epic_ray.method.classifier import SplitClassifier, split_classifier
 from epic_ray.method.preprocessing import Preprocessing
 from epic_ray.method.solvers import FitState, SingleProcess, fit_adam
 from epic_ray.method.topk import search
+from epic_ray.run_dir import RunDir
+from epic_ray.tables import read_tables, to_numpy
 from tests.method.sources import ArraySource
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -43,6 +48,43 @@ def test_a_script_answers_help_and_names_its_command(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_the_readme_tells_of_a_script(script):
     assert f"python benchmarks/{script.name}" in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_heading_needs_no_git(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    bench = importlib.import_module("bench")
+    monkeypatch.setenv("PATH", "")
+    assert ", no commit; Python" in bench.heading()
+    assert ", load " in bench.heading()
+
+
+@pytest.mark.slow
+def test_gpu_runs_to_its_end_where_there_is_no_ray(tmp_path):
+    for name in ("ray", "pydantic"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('none', name='{name}')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--device", "cpu", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    titles = [line for line in done.stdout.splitlines() if line[:1].isupper()]
+    assert titles == ["Forwards", "Pass over JPEGs", "Search", "Solver", "Polar factor"]
+    assert "| pass through Ray | float32 | 200 |  | not measured, no ray here |" in done.stdout
+    assert done.stdout.count("| decode + forward + write, the pass's parts without Ray |") == 3
+
+
+def test_the_parts_without_ray_write_the_features_of_every_image(classifier, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    rayless, made = importlib.import_module("rayless_pass"), importlib.import_module("pass")
+    files = rayless.make_jpegs(tmp_path, 600, 7, partial(made.synthetic_jpeg, size=(40, 40)), 1)
+    with rayless.DecodePool(classifier.preprocessing, 1) as pool:
+        rayless.run_pass(pool, files, classifier, 128, tmp_path / "run")
+    run_dir = RunDir(str(tmp_path / "run"))
+    table = read_tables(run_dir, run_dir.list("tables/features/train"), ["position", "pooled"])
+    position, pooled = (torch.tensor(to_numpy(table[name])) for name in ("position", "pooled"))
+    decoded = [classifier.preprocessing.load(Path(file).read_bytes())[0] for file in files[:7]]
+    maps, _ = classifier(classifier.normalise(torch.from_numpy(np.stack(decoded))))
+    assert sorted(position.tolist()) == list(range(600))
+    assert torch.allclose(pooled, maps.mean(dim=(2, 3))[position % 7], atol=1e-5)
 
 
 # --- the published schedule
