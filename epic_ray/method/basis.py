@@ -43,8 +43,8 @@ def polar_factor(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
     It maximises tr(U M^T) over orthogonal U (the orthogonal Procrustes problem, Schoenemann 1966). Its orthogonality
     error stays below 1e-6 at D = 2048. On a CPU by `polar_by_svd`, the faster there
-    (docs/solver.md); on a GPU by `polar_by_newton`, which is made of products and inverses alone. Directions of singular
-    value 0 are completed arbitrarily.
+    (docs/solver.md); on a GPU by `polar_by_newton`, which is made of products and inverses alone. Directions of
+    singular value 0 are completed arbitrarily.
 
     Raises:
         ValueError: `matrix` has entries that are not finite.
