@@ -231,8 +231,8 @@ class ResourcesConfig(Section):
     """auto: cuda for an actor that holds a GPU, else cpu."""
     threads_per_actor: Auto | Positive = "auto"
     """CPU threads of an actor's arithmetic; auto: a quarter of the cores, 1 to 4."""
-    batch_size: Positive = 64
-    """Images of one forward; the last batch of a unit is padded to it."""
+    batch_size: Auto | Positive = "auto"
+    """Images of one forward, to which the last batch of a unit is padded; auto: 64 on a GPU, 16 on a CPU."""
     precision: Literal["float32", "tf32", "float16", "bfloat16"] = "float32"
     """Arithmetic of the forwards: float32; or, where speed is worth logits that are no longer exact, tf32 (of GPUs; a
     CPU computes in float32), float16 and bfloat16 (torch's autocast). The rebuilt logits may then differ by 0.005,

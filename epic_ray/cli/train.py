@@ -37,7 +37,7 @@ data:
 fit: {solver: procrustes, start: auto, seed: 42}
 prototypes: {per_channel: 5}
 explain: {channels_per_image: 4, pictures: 20}
-resources: {feature_actors: auto, batch_size: 64}
+resources: {feature_actors: auto, batch_size: auto}
 output: {root: runs}
 """
 

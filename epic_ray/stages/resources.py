@@ -32,6 +32,10 @@ LIMITS_VARIABLE = "EPIC_RAY_CLUSTER_LIMITS"
 _LOOK_SECONDS = 60.0
 
 
+# on a CPU the activations of more images leave its caches
+_BATCH_SIZES = {"cuda": 64, "cpu": 16}
+
+
 @dataclass(frozen=True)
 class Resources:
     """What the settings' `auto`s come to on the machines at hand."""
@@ -116,7 +120,7 @@ def resolve_resources(config: ResourcesConfig) -> Resources:
         gpus_per_actor=gpus_per_actor,
         device=device,
         threads=threads,
-        batch_size=config.batch_size,
+        batch_size=_BATCH_SIZES[device] if config.batch_size == "auto" else config.batch_size,
         precision=config.precision,
         cluster_cpus=cpus,
         cluster_gpus=gpus,

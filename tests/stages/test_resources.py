@@ -56,3 +56,9 @@ def test_a_machine_sees_what_it_must(tmp_path):
     assert _unseen({"data.root": f"{tmp_path}/empty"}, proof) == f"data.root: {tmp_path}/empty"  # not mounted
     config.write_bytes(b"name: b\n")  # another disk under the same path
     assert _unseen({}, proof) == f"output.root: {tmp_path}"
+
+
+@pytest.mark.parametrize(("asked", "given"), [({}, 16), ({"batch_size": 40}, 40)])
+def test_a_forward_on_a_cpu_has_few_images_unless_told_otherwise(ray_session, asked, given):
+    assert resolve_resources(ResourcesConfig(device="cpu", gpus_per_actor=0, **asked)).batch_size == given
+    assert resolve_resources(ResourcesConfig()).batch_size == 64  # the test's Ray has GPUs, by name
