@@ -119,7 +119,7 @@ def adam_step(source: DeviceMaps, channels: int, sizes: FitSizes) -> tuple[float
     def seconds(n: int) -> float:
         start = solvers.FitState.begin(torch.eye(channels, device=source.pooled.device))
         begin = time.perf_counter()
-        with patch.object(solvers, "_peak_directions", lambda *_: (None, 0.0)):
+        with patch.object(solvers, "peak_directions", lambda *_: (None, 0.0)):
             solvers.fit_adam(source, start, [n], solvers.SingleProcess(), lambda *_: None, seed=42).basis.cpu()
         return time.perf_counter() - begin
 

@@ -160,7 +160,7 @@ def by_adam(maps: Maps) -> tuple[torch.Tensor, float]:
     from epic_ray.config import FitConfig
 
     settings, counts = FitConfig().adam, prototypes_per_round(100, 5, 10, "linear", exact_end=False)
-    measure, seconds = solvers._peak_directions, 0.0
+    measure, seconds = solvers.peak_directions, 0.0
 
     def timed(*arguments: Any) -> Any:
         nonlocal seconds
@@ -169,7 +169,7 @@ def by_adam(maps: Maps) -> tuple[torch.Tensor, float]:
         seconds += time.perf_counter() - begin
         return found
 
-    with patch.object(solvers, "_peak_directions", timed):
+    with patch.object(solvers, "peak_directions", timed):
         state = fit_adam(
             maps,
             FitState.begin(torch.eye(maps.pooled.shape[1])),
