@@ -153,7 +153,7 @@ def fitted(start: str, shape: str, weights: V.Weights, maps: Maps, rounds: int =
 def all_variants() -> dict[str, Callable[[Maps], Tensor]]:
     """Every variant by its name: start, schedule, weights, what else."""
     found: dict[str, Callable[[Maps], Tensor]] = {f"start: {name}": start for name, start in STARTS.items()}
-    found |= {"adam": by_adam, "defaults": by_defaults}
+    found |= {"adam": lambda maps: by_adam(maps)[0], "defaults": by_defaults}
     for start in ("identity", "quartimax"):
         for shape in SHAPES:
             found[f"{start}, {shape}"] = partial(fitted, start, shape, V.equal)
