@@ -10,7 +10,6 @@ mean relative difference of ResNet-18's pooled features (random weights) under t
 """
 
 import argparse
-import importlib
 import io
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import bench
 import numpy as np
+from made_images import synthetic_jpeg
 from PIL import Image
 
 from epic_ray.method.preprocessing import Preprocessing
@@ -35,10 +35,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     print(bench.heading() + "\n")
-    synthetic = importlib.import_module("pass").synthetic_jpeg
     rows = []
     for size in ((500, 375), (2000, 1500)):
-        files = [synthetic(number, size) for number in range(arguments.images)]
+        files = [synthetic_jpeg(number, size) for number in range(arguments.images)]
         features = Features()
         expected = np.stack([EXACT.load(file)[0] for file in files])
         of_expected = features(expected)

@@ -31,6 +31,7 @@ import bench
 import gpu_fit
 import numpy as np
 import torch
+from made_images import synthetic_jpeg
 from rayless_pass import DecodePool, decode_only, make_jpegs, run_pass
 
 from epic_ray.method.backbones import load_classifier
@@ -196,16 +197,15 @@ def best_bare(
 
 def passes(classifier: SplitClassifier, sizes: Sizes, bare: dict[str, float], repeats: int) -> list[dict[str, Any]]:
     """Images a second from files to Parquet, with Ray where it is and without; beside them those of the parts alone."""
-    module = importlib.import_module("pass")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = make_jpegs(folder, sizes.jpegs, sizes.distinct_jpegs, module.synthetic_jpeg, sizes.processes)
+        files = make_jpegs(folder, sizes.jpegs, sizes.distinct_jpegs, synthetic_jpeg, sizes.processes)
         rows = []
         with DecodePool(classifier.preprocessing, sizes.processes) as pool:
             for precision in PRECISIONS:
                 classifier.precision = precision
                 rows.append(rayless_pass(pool, files, classifier, sizes, folder, repeats, bare[precision]))
-        return [*rows, ray_pass(module, sizes, folder)]
+        return [*rows, ray_pass(sizes, folder)]
 
 
 def rayless_pass(
@@ -236,7 +236,7 @@ def rayless_pass(
     }
 
 
-def ray_pass(module: Any, sizes: Sizes, folder: Path) -> dict[str, Any]:
+def ray_pass(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """One run of the stage `features`, with as many decode tasks as it chooses."""
     row = {"what": "pass through Ray", "precision": "float32", "images": sizes.jpegs, "processes": ""}
     try:
@@ -244,7 +244,7 @@ def ray_pass(module: Any, sizes: Sizes, folder: Path) -> dict[str, Any]:
             importlib.import_module(name)
     except ImportError as error:
         return row | {"images/s": f"not measured, no {error.name} here"}
-    whole, steady = module.run_ours(sizes.model | {"weights": "random"}, folder, 512, "gpu")
+    whole, steady = importlib.import_module("pass").run_ours(sizes.model | {"weights": "random"}, folder, 512, "gpu")
     return row | {"images/s": f"{whole:,.0f}, once it runs at least {steady:,.0f}"}
 
 

@@ -21,7 +21,6 @@ Images are synthetic JPEGs of 500 x 375, or with --photos those beside the repos
 """
 
 import argparse
-import io
 import json
 import statistics
 import sys
@@ -32,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import bench
-import numpy as np
 import pyarrow as pa
 from bare_loop import BareLoops, Loop, best_loop
-from PIL import Image
+from made_images import synthetic_jpeg
 
 from epic_ray.run_dir import unit_file
 from epic_ray.stages.decode_unit import DecodeUnit
@@ -98,17 +96,6 @@ def prepare(folder: Path, count: int, photos: bool) -> tuple[dict[str, Any], lis
         "preprocessing": {"resize": resize, "crop": 224, "interpolation": "bilinear"},
     }
     return model, sorted(str(file) for file in (folder / "images").rglob("*.*"))
-
-
-def synthetic_jpeg(seed: int, size: tuple[int, int] = (500, 375)) -> bytes:
-    """A picture with coarse and fine structure; at 500 x 375 of about the bytes of an ImageNet file."""
-    rng, (width, height) = np.random.default_rng(seed), size
-    coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
-    pixels = pixels + rng.integers(-24, 24, (height, width, 1), np.int16)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
 
 
 class TimedDecode(DecodeUnit):

@@ -74,7 +74,7 @@ def test_gpu_runs_to_its_end_where_there_is_no_ray(tmp_path):
 
 def test_the_parts_without_ray_write_the_features_of_every_image(classifier, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    rayless, made = importlib.import_module("rayless_pass"), importlib.import_module("pass")
+    rayless, made = importlib.import_module("rayless_pass"), importlib.import_module("made_images")
     files = rayless.make_jpegs(tmp_path, 600, 7, partial(made.synthetic_jpeg, size=(40, 40)), 1)
     with rayless.DecodePool(classifier.preprocessing, 1) as pool:
         rayless.run_pass(pool, files, classifier, 128, tmp_path / "run")
