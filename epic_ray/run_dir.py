@@ -79,6 +79,12 @@ def round_file(number: int) -> str:
     return f"fit/round-{number:03d}.pt"
 
 
+def round_number(relative: str) -> int | None:
+    """The number of the round that a file holds; None for any other file."""
+    found = re.fullmatch(r"fit/round-(\d+)\.pt", relative)
+    return int(found[1]) if found else None
+
+
 def mark_file(stage: str) -> str:
     return f"marks/{stage}.json"
 

@@ -42,9 +42,9 @@ def polar_factor(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """The orthogonal matrix nearest to `matrix`: P Q^T from its singular value decomposition P S Q^T.
 
     It maximises tr(U M^T) over orthogonal U (the orthogonal Procrustes problem, Schoenemann 1966). Its orthogonality
-    error stays below 1e-6 at D = 2048. On a CPU by `polar_by_svd`, the faster there
-    (docs/solver.md); on a GPU by `polar_by_newton`, which is made of products and inverses alone. Directions of
-    singular value 0 are completed arbitrarily.
+    error stays below 1e-6 at D = 2048. On a CPU by `polar_by_svd`, the faster there (docs/solver.md); on
+    a GPU by `polar_by_newton`, which is made of products and inverses alone. Directions of singular value 0 are
+    completed arbitrarily.
 
     Raises:
         ValueError: `matrix` has entries that are not finite.
@@ -72,7 +72,7 @@ def polar_by_newton(matrix: Float[Tensor, "d d"]) -> Float[Tensor, "d d"] | None
         inverse, _ = torch.linalg.inv_ex(factor.T)
         if not bool(torch.isfinite(inverse).all()):
             return None
-        scale = ((_extent(inverse)) / _extent(factor)).sqrt()
+        scale = (_extent(inverse) / _extent(factor)).sqrt()
         nearer = (scale * factor + inverse / scale) / 2
         moved, factor = float((nearer - factor).norm()), nearer
         if moved < 1e-2:

@@ -48,9 +48,9 @@ class FeatureActor(ForwardingActor):
         return _Results.of(parts, maps_kept, classifier)
 
     def publish(self, unit: Unit, readable: np.ndarray, results: "_Results") -> int:
-        for row in readable[~results.finite]:
-            unit.reasons[row] = NON_FINITE
         sound = results.finite
+        for row in readable[~sound]:
+            unit.reasons[row] = NON_FINITE
         with np.errstate(over="ignore", invalid="ignore"):  # what is too large becomes infinite, and is seen below
             results.pooled = results.pooled.astype(self._dtype)
         finite = results.finite

@@ -36,13 +36,11 @@ from epic_ray.run_dir import RunDir
 from epic_ray.stages.features import FeaturePass
 from epic_ray.stages.loading import load
 from epic_ray.stages.maps import MapGatherer, MapStore
-from epic_ray.stages.resources import Resources, available_cores, peak_memory_bytes, take_device
+from epic_ray.stages.resources import Resources, peak_memory_bytes, take_device, take_threads
 from epic_ray.stages.rounds import newest_round, read_own_round, write_round
 from epic_ray.stages.search import PooledBlocks, file_blocks
 
 _START_ITERATIONS = 10
-# below, a matrix product takes less time than its threads wait for one another on a busy machine
-_CHANNELS_WORTH_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ class _Worker:
         self.reducer: Reducer = DistributedReducer() if dist.is_initialized() else SingleProcess()
         self.device = take_device(job.resources.device, 1)
         self.source = StoredMaps(job, self.reducer, self.device)
-        if self.source.channel_count >= _CHANNELS_WORTH_THREADS:
-            torch.set_num_threads(max(1, available_cores() // self.reducer.world))
+        take_threads(self.source.channel_count, self.reducer.world)
         self.history: list[dict[str, Any]] = []
         self.seen = np.empty(0, np.int64)  # images that some round has chosen
 

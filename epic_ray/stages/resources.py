@@ -231,12 +231,12 @@ def take_device(device: str, threads: int) -> Any:
     return torch.device(device)
 
 
-def take_threads(channels: int) -> None:
+def take_threads(channels: int, sharing: int = 1) -> None:
     """Sets the threads of this process's matrix products, on whose number their last bits depend: always the same, be
-    it the process that has fitted or one that goes on from there."""
+    it the process that has fitted or one that goes on from there. sharing: processes that do so at once."""
     import torch
 
-    torch.set_num_threads(available_cores() if channels >= _CHANNELS_WORTH_THREADS else 1)
+    torch.set_num_threads(max(1, available_cores() // sharing) if channels >= _CHANNELS_WORTH_THREADS else 1)
 
 
 def peak_memory_bytes() -> int:

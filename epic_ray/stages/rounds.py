@@ -1,7 +1,6 @@
 """The rounds of a fit on disk: `fit/round-NNN.pt`, each all that the next needs, 000 the start; and U at its end."""
 
 import io
-import re
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,13 @@ from safetensors.torch import load as load_tensors
 
 from epic_ray.errors import ResultError, RunFailed
 from epic_ray.method.solvers import FitState
-from epic_ray.run_dir import BASIS, RunDir, round_file
-
-_ROUND = re.compile(r"fit/round-(\d+)\.pt")
+from epic_ray.run_dir import BASIS, RunDir, round_file, round_number
 
 
 def newest_round(run_dir: RunDir) -> int | None:
     """The number of the newest round on disk: 0 where only the start is chosen, None where there is nothing."""
-    numbers = [_ROUND.fullmatch(file) for file in run_dir.list("fit")]
-    return max((int(found[1]) for found in numbers if found), default=None)
+    numbers = [round_number(file) for file in run_dir.list("fit")]
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def finished_rounds(run_dir: RunDir) -> int:
